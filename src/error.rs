@@ -13,7 +13,7 @@ pub type BoxError = Box<dyn StdError + Send + Sync + 'static>;
 /// Why an attempt, a connection or a whole client ended.
 ///
 /// One pointer wide and cheap to clone: the same error travels in events, in
-/// [`Snapshot::last_error`](crate::Snapshot::last_error) and out of
+/// [`ConnectionSnapshot::last_error`](crate::ConnectionSnapshot::last_error) and out of
 /// [`Client::error`](crate::Client::error). `Display` is one lower-case phrase
 /// that names what failed and which limit was reached; the underlying cause is
 /// in [`source`](StdError::source) and not repeated in the phrase.
@@ -96,6 +96,8 @@ pub enum ErrorKind {
     Spawn,
     /// A thread of this crate panicked.
     Panicked,
+    /// There was no connection within the time that a caller gave.
+    NotConnected,
     /// The client or pipeline is closed.
     Shutdown,
 }
