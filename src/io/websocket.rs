@@ -1,0 +1,270 @@
+//! The WebSocket on a stream: tungstenite, with its traps handled.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+
+use tungstenite::protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode};
+use tungstenite::{Bytes, Error as WsError, Message as WsMessage, Utf8Bytes};
+
+use super::poll::{Poller, Ready};
+use super::socket::{Socket, Stream};
+use crate::error::{Error, ErrorKind};
+use crate::handler::{Body, Outgoing};
+
+/// Frames gather up to this size before they are written without a flush.
+const WRITE_BUFFER: usize = 64 * 1024;
+
+/// Size limits of one WebSocket.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    pub(crate) read_buffer: usize,
+    /// Of messages both ways.
+    pub(crate) max_message: usize,
+}
+
+/// An open WebSocket on a non-blocking stream.
+#[derive(Debug)]
+pub(crate) struct Websocket {
+    ws: tungstenite::WebSocket<Counted>,
+    /// Bytes of the frames queued here; pongs and closes, which tungstenite
+    /// queues by itself, are not in it.
+    produced: u64,
+    /// Messages of the outbox that the kernel may not have whole, each with
+    /// the value of `produced` at its end.
+    unfinished: VecDeque<(u64, Outgoing)>,
+    /// Whether something may wait for a flush.
+    dirty: bool,
+}
+
+/// What was read.
+#[derive(Debug)]
+pub(crate) enum Incoming {
+    Text(Utf8Bytes),
+    Binary(Bytes),
+    Ping,
+    Pong(Bytes),
+    /// The server closes; its code, 1005 if it gave none, and its reason.
+    Close {
+        code: u16,
+        reason: String,
+    },
+}
+
+/// What became of a message given to [`Websocket::send`].
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Sent {
+    Queued,
+    /// There is no room before a flush; the message was not taken.
+    Full,
+}
+
+impl Websocket {
+    /// Takes over a stream after its upgrade; `rest` was read behind the head.
+    pub(crate) fn new(stream: Stream, rest: Vec<u8>, limits: Limits) -> Self {
+        let config = WebSocketConfig::default()
+            .read_buffer_size(limits.read_buffer)
+            .write_buffer_size(WRITE_BUFFER)
+            // One message of the largest size fits behind a full buffer.
+            .max_write_buffer_size(limits.max_message.saturating_add(2 * WRITE_BUFFER))
+            .max_message_size(Some(limits.max_message))
+            .max_frame_size(Some(limits.max_message));
+        let counted = Counted { stream, written: 0 };
+        let ws =
+            tungstenite::WebSocket::from_partially_read(counted, rest, Role::Client, Some(config));
+        Self { ws, produced: 0, unfinished: VecDeque::new(), dirty: false }
+    }
+
+    /// Reads one message or control frame; `None` when the socket has no more.
+    pub(crate) fn read(&mut self) -> Result<Option<Incoming>, Error> {
+        loop {
+            let incoming = match self.ws.read() {
+                Ok(WsMessage::Text(text)) => Incoming::Text(text),
+                Ok(WsMessage::Binary(bytes)) => Incoming::Binary(bytes),
+                Ok(WsMessage::Ping(_)) => {
+                    self.dirty = true;
+                    Incoming::Ping
+                }
+                Ok(WsMessage::Pong(bytes)) => Incoming::Pong(bytes),
+                Ok(WsMessage::Close(frame)) => {
+                    self.dirty = true;
+                    let (code, reason) = frame.map_or((1005, String::new()), |frame| {
+                        (frame.code.into(), frame.reason.to_string())
+                    });
+                    Incoming::Close { code, reason }
+                }
+                Ok(WsMessage::Frame(_)) => continue,
+                Err(error) if would_block(&error) => return Ok(None),
+                Err(error) => return Err(lost(error)),
+            };
+            return Ok(Some(incoming));
+        }
+    }
+
+    /// Queues a message of the outbox; it is kept until the kernel has it whole.
+    pub(crate) fn send(&mut self, message: &Outgoing) -> Result<Sent, Error> {
+        let sent = self.queue(message)?;
+        if sent == Sent::Queued {
+            self.unfinished.push_back((self.produced, message.clone()));
+        }
+        Ok(sent)
+    }
+
+    /// Queues a message of the session, which belongs to this epoch only.
+    pub(crate) fn send_once(&mut self, message: &Outgoing) -> Result<Sent, Error> {
+        self.queue(message)
+    }
+
+    fn queue(&mut self, message: &Outgoing) -> Result<Sent, Error> {
+        let frame = match &message.0 {
+            Body::Text(text) => WsMessage::Text(text.clone()),
+            Body::Binary(bytes) => WsMessage::Binary(bytes.clone()),
+        };
+        self.write(frame, message.len())
+    }
+
+    pub(crate) fn ping(&mut self, payload: Vec<u8>) -> Result<Sent, Error> {
+        let len = payload.len();
+        self.write(WsMessage::Ping(payload.into()), len)
+    }
+
+    fn write(&mut self, frame: WsMessage, len: usize) -> Result<Sent, Error> {
+        self.dirty = true;
+        match self.ws.write(frame) {
+            Ok(()) => {}
+            Err(WsError::WriteBufferFull(_)) => return Ok(Sent::Full),
+            // The frame is in the buffer: it must never be written again.
+            Err(error) if would_block(&error) => {}
+            Err(error) => return Err(lost(error)),
+        }
+        self.produced += frame_len(len);
+        Ok(Sent::Queued)
+    }
+
+    /// Writes what is queued; `true` when all of it is out.
+    pub(crate) fn flush(&mut self) -> Result<bool, Error> {
+        if !self.dirty {
+            return Ok(true);
+        }
+        match self.ws.flush() {
+            Ok(()) => {
+                self.dirty = false;
+                self.unfinished.clear();
+                self.produced = self.ws.get_ref().written;
+                Ok(true)
+            }
+            Err(error) if would_block(&error) => {
+                self.forget_finished();
+                Ok(false)
+            }
+            Err(error) => Err(lost(error)),
+        }
+    }
+
+    /// Whether more may be queued: the buffer holds less than its usual size.
+    pub(crate) fn has_room(&self) -> bool {
+        self.produced.saturating_sub(self.ws.get_ref().written) < WRITE_BUFFER as u64
+    }
+
+    /// The outbox's messages of which the kernel does not have every byte: the
+    /// server cannot have seen them, so they may be sent again.
+    pub(crate) fn take_unfinished(&mut self) -> Vec<Outgoing> {
+        self.forget_finished();
+        self.unfinished.drain(..).map(|(_, message)| message).collect()
+    }
+
+    fn forget_finished(&mut self) {
+        let written = self.ws.get_ref().written;
+        while self.unfinished.front().is_some_and(|(end, _)| *end <= written) {
+            self.unfinished.pop_front();
+        }
+    }
+
+    /// Queues a close frame and tries to write it. The handshake ends in
+    /// [`read`](Self::read), if the server answers.
+    pub(crate) fn close(&mut self, code: u16, reason: &str) -> Result<(), Error> {
+        self.dirty = true;
+        let frame = CloseFrame { code: CloseCode::from(code), reason: reason.into() };
+        match self.ws.close(Some(frame)) {
+            Ok(()) => Ok(()),
+            Err(error) if would_block(&error) => Ok(()),
+            Err(error) => Err(lost(error)),
+        }
+    }
+
+    /// Takes note of what a wait brought; whether it concerned this socket.
+    pub(crate) fn on_ready(&mut self, ready: Ready) -> bool {
+        self.ws.get_mut().stream.socket_mut().on_ready(ready)
+    }
+
+    pub(crate) fn socket(&self) -> &Socket {
+        self.ws.get_ref().stream.socket()
+    }
+
+    /// Guarantees that the socket is closed and no longer watched.
+    pub(crate) fn release(mut self, poller: &mut Poller) {
+        self.ws.get_mut().stream.socket_mut().release(poller);
+    }
+}
+
+/// A frame of a client: header, extended length and mask (RFC 6455, section 5.2).
+fn frame_len(payload: usize) -> u64 {
+    let extended = match payload {
+        0..=125 => 0,
+        126..=65_535 => 2,
+        _ => 8,
+    };
+    (2 + extended + 4 + payload) as u64
+}
+
+fn would_block(error: &WsError) -> bool {
+    matches!(error, WsError::Io(io) if io.kind() == io::ErrorKind::WouldBlock)
+}
+
+/// tungstenite's errors in this crate's words.
+fn lost(error: WsError) -> Error {
+    use tungstenite::error::ProtocolError;
+    match error {
+        WsError::Io(io) => Error::caused(ErrorKind::Io(io.kind()), "connection lost", io),
+        WsError::ConnectionClosed | WsError::AlreadyClosed => {
+            Error::new(ErrorKind::Io(io::ErrorKind::ConnectionAborted), "connection closed")
+        }
+        WsError::Protocol(ProtocolError::ResetWithoutClosingHandshake) => Error::new(
+            ErrorKind::Io(io::ErrorKind::UnexpectedEof),
+            "the server ended the connection without a close frame",
+        ),
+        WsError::Capacity(limit) => {
+            Error::caused(ErrorKind::TooLarge, "a message is larger than max_message_size", limit)
+        }
+        WsError::Utf8(_) => {
+            Error::caused(ErrorKind::Protocol, "a text message is not UTF-8", error)
+        }
+        other => {
+            Error::caused(ErrorKind::Protocol, "the server broke the WebSocket protocol", other)
+        }
+    }
+}
+
+/// Counts the bytes the layer below accepted, before any encryption.
+#[derive(Debug)]
+struct Counted {
+    stream: Stream,
+    written: u64,
+}
+
+impl Read for Counted {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.stream.read(buf)
+    }
+}
+
+impl Write for Counted {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        let count = self.stream.write(buf)?;
+        self.written += count as u64;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+}
