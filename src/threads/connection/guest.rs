@@ -1,0 +1,165 @@
+//! The user's session, contained: an error or a panic in it is an [`Error`].
+
+use std::time::Duration;
+
+use super::SessionFactory;
+use super::ids::Ids;
+use crate::error::{BoxError, Error, ErrorKind};
+use crate::handler::{Acts, Data, Link, MAX_SENDS, Origin, Resume, Session, Sink};
+use crate::io::websocket::Incoming;
+use crate::message::{BlockBuilder, MessageId, Payload};
+use crate::threads::contained;
+
+/// One epoch's session; without one, every message is passed on.
+pub(super) struct Guest {
+    session: Option<Box<dyn Session>>,
+}
+
+/// What a hook did: its acts, and how it failed, if it did.
+pub(super) struct Outcome {
+    pub(super) acts: Acts,
+    pub(super) failure: Option<Failure>,
+}
+
+/// How a hook failed.
+pub(super) struct Failure {
+    pub(super) error: Error,
+    /// The hook's name and the panic's message, if it was a panic.
+    pub(super) panic: Option<(&'static str, String)>,
+}
+
+/// Where a turn's messages gather, each with its sequence and id.
+pub(super) struct Gather<'a> {
+    pub(super) block: BlockBuilder,
+    pub(super) ids: &'a Ids,
+    /// Sequence of the last message.
+    pub(super) sequence: u64,
+    /// The last message's id as the server wrote it; empty if it had none.
+    pub(super) raw_id: Vec<u8>,
+    /// A panic of the id function, to be told once.
+    pub(super) panic: Option<String>,
+}
+
+impl Guest {
+    pub(super) fn new(factory: Option<&SessionFactory>) -> Result<Self, Failure> {
+        let Some(factory) = factory else { return Ok(Self { session: None }) };
+        match contained(|| factory()) {
+            Ok(session) => Ok(Self { session: Some(session) }),
+            Err(message) => Err(panicked("session factory", message)),
+        }
+    }
+
+    /// Whether messages need not be shown to anybody.
+    pub(super) fn passes_on(&self) -> bool {
+        self.session.is_none()
+    }
+
+    pub(super) fn heartbeat_interval(&self) -> Option<Duration> {
+        let session = self.session.as_ref()?;
+        contained(|| session.heartbeat_interval()).ok().flatten().filter(|d| !d.is_zero())
+    }
+
+    pub(super) fn on_open(
+        &mut self,
+        origin: Origin<'_>,
+        resume: Option<&Resume>,
+        sink: &mut dyn Sink,
+    ) -> Outcome {
+        self.call("Session::on_open", origin, resume, sink, |session, link| session.on_open(link))
+    }
+
+    pub(super) fn on_message(
+        &mut self,
+        data: Data<'_>,
+        origin: Origin<'_>,
+        resume: Option<&Resume>,
+        sink: &mut dyn Sink,
+    ) -> Outcome {
+        self.call("Session::on_message", origin, resume, sink, |session, link| {
+            session.on_message(data, link)
+        })
+    }
+
+    pub(super) fn on_heartbeat(&mut self, origin: Origin<'_>, sink: &mut dyn Sink) -> Outcome {
+        self.call("Session::on_heartbeat", origin, None, sink, |session, link| {
+            session.on_heartbeat(link)
+        })
+    }
+
+    fn call(
+        &mut self,
+        hook: &'static str,
+        origin: Origin<'_>,
+        resume: Option<&Resume>,
+        sink: &mut dyn Sink,
+        run: impl FnOnce(&mut dyn Session, &mut Link<'_>) -> Result<(), BoxError>,
+    ) -> Outcome {
+        let mut acts = Acts::default();
+        let Some(session) = &mut self.session else { return Outcome { acts, failure: None } };
+        let mut link = Link { origin, resume, acts: &mut acts, sink };
+        let failure = match contained(|| run(&mut **session, &mut link)) {
+            Ok(Ok(())) if acts.sends.len() > MAX_SENDS => {
+                Some(failed(hook, format!("it sent more than {MAX_SENDS} messages at once")))
+            }
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(failed(hook, error)),
+            Err(message) => Some(panicked(hook, message)),
+        };
+        Outcome { acts, failure }
+    }
+}
+
+fn failed(hook: &'static str, error: impl Into<BoxError>) -> Failure {
+    let error = Error::caused(ErrorKind::Session, format!("{hook} failed"), error);
+    Failure { error, panic: None }
+}
+
+fn panicked(hook: &'static str, message: String) -> Failure {
+    let error = Error::new(ErrorKind::Session, format!("{hook} panicked: {message}"));
+    Failure { error, panic: Some((hook, message)) }
+}
+
+impl Gather<'_> {
+    /// Takes a message as it was read.
+    pub(super) fn take(&mut self, incoming: Incoming) {
+        match incoming {
+            Incoming::Text(text) => {
+                let id = self.find(Data::Text(&text));
+                self.push(Payload::OwnedText(text), id);
+            }
+            Incoming::Binary(bytes) => {
+                let id = self.find(Data::Binary(&bytes));
+                self.push(Payload::OwnedBinary(bytes), id);
+            }
+            Incoming::Ping | Incoming::Pong(_) | Incoming::Close { .. } => {}
+        }
+    }
+
+    fn find(&mut self, data: Data<'_>) -> Option<MessageId> {
+        let found = self.ids.find(data, &mut self.raw_id);
+        self.panic = self.panic.take().or(found.panic);
+        found.id
+    }
+
+    fn push(&mut self, payload: Payload<'_>, id: Option<MessageId>) {
+        self.sequence += 1;
+        self.block.push(payload, self.sequence, id);
+    }
+}
+
+impl Sink for Gather<'_> {
+    fn emit(&mut self, payload: Payload<'_>, id: Option<&[u8]>) {
+        let id = match (id, &payload) {
+            (Some(id), _) => {
+                self.raw_id.clear();
+                self.raw_id.extend_from_slice(id);
+                self.ids.explicit(id)
+            }
+            (None, Payload::Text(text)) => self.find(Data::Text(text)),
+            (None, Payload::Binary(bytes)) => self.find(Data::Binary(bytes)),
+            (None, Payload::OwnedText(text)) => self.find(Data::Text(&text.clone())),
+            (None, Payload::OwnedBinary(bytes)) => self.find(Data::Binary(&bytes.clone())),
+        };
+        self.push(payload, id);
+    }
+}

@@ -1,0 +1,420 @@
+//! The connection thread: keeps one endpoint connected, through many sockets.
+//!
+//! ```text
+//! run:  attempt ──> dial ──> epoch (open, then turn by turn) ──> lost ──> back off ──┐
+//!          ^                                                                        │
+//!          └────────────────────────────────────────────────────────────────────────┘
+//! ```
+
+mod epoch;
+mod guest;
+mod ids;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime};
+
+use super::contained;
+use super::monitor::Notice;
+use super::queue::Offer;
+use super::shared::{Endpoint, Peer, Resolver, Shared};
+use crate::error::{Error, ErrorKind, Recovery};
+use crate::event::{EventKind, State};
+use crate::handler::{Attempt, Request, Resume, Session};
+use crate::io::dial::{DialEnd, DialPolicy, Driver, dial};
+use crate::io::poll::{Poller, Ready};
+use crate::io::websocket::Limits;
+use crate::logic::connection::{Fate, Illegal, Input, Loss, Machine, RetryPolicy};
+use crate::logic::heartbeat::Heartbeat;
+use crate::message::Block;
+use crate::metrics::DropReason;
+
+use epoch::{Epoch, EpochEnd};
+pub(crate) use ids::{IdFunction, IdSource, Ids};
+
+/// Makes the session of each epoch.
+pub(crate) type SessionFactory = Arc<dyn Fn() -> Box<dyn Session> + Send + Sync>;
+
+/// Overrides the class of an error.
+pub(crate) type Classifier = Arc<dyn Fn(&Error, Recovery) -> Recovery + Send + Sync>;
+
+/// What a connection's thread needs of the settings.
+#[derive(Clone)]
+pub(crate) struct ConnectionPolicy {
+    pub(crate) dial: DialPolicy,
+    pub(crate) limits: Limits,
+    pub(crate) retry: RetryPolicy,
+    pub(crate) heartbeat: Heartbeat,
+    pub(crate) ids: Ids,
+    /// Messages of one block.
+    pub(crate) block_messages: usize,
+    /// `None`: every message is passed on.
+    pub(crate) session: Option<SessionFactory>,
+    pub(crate) classifier: Option<Classifier>,
+    pub(crate) resolver: Resolver,
+    /// Longest wait for the server's part of a close handshake.
+    pub(crate) close_timeout: Duration,
+}
+
+/// How a connection's thread ended.
+#[derive(Debug)]
+pub(crate) enum ThreadEnd {
+    /// As asked.
+    Closed,
+    /// Supervision decides.
+    Unrecoverable(Error),
+    /// There is no point in a restart.
+    GaveUp(Error),
+}
+
+/// One connection, on its thread.
+pub(crate) struct Connection {
+    shared: Arc<Shared>,
+    index: usize,
+    poller: Poller,
+    machine: Machine,
+    /// What the queue had no room for; nothing is read until it is gone.
+    held: Option<Block>,
+    /// The last message received, for the next session.
+    resume: Option<Resume>,
+    /// The earliest wake-up that the timer was asked for.
+    armed: Option<Instant>,
+    lookup: Option<Lookup>,
+    lookups: u64,
+    /// The client closes; the connection must be done by then.
+    closing: Option<Instant>,
+}
+
+/// A DNS look-up under way. It cannot be interrupted, so there is at most one:
+/// the next attempt takes over what the last one could not wait for.
+struct Lookup {
+    id: u64,
+    host: String,
+    port: u16,
+    handle: JoinHandle<()>,
+    result: Option<io::Result<Vec<SocketAddr>>>,
+}
+
+impl Connection {
+    /// Made by the monitor, so that a lack of descriptors is its to handle.
+    pub(crate) fn new(shared: Arc<Shared>, index: usize) -> Result<Self, Error> {
+        let poller = Poller::new().map_err(|error| {
+            Error::caused(ErrorKind::Spawn, "a poller could not be made", error)
+        })?;
+        shared.connections[index].inbox.attach(poller.waker());
+        let machine = Machine::new(shared.policy.retry.clone());
+        Ok(Self {
+            shared,
+            index,
+            poller,
+            machine,
+            held: None,
+            resume: None,
+            armed: None,
+            lookup: None,
+            lookups: 0,
+            closing: None,
+        })
+    }
+
+    /// The thread's body.
+    pub(crate) fn run(mut self) -> ThreadEnd {
+        self.hear();
+        while self.closing.is_none() {
+            match self.attempt() {
+                EpochEnd::Closed => break,
+                EpochEnd::Lost(error) => match self.lost(error) {
+                    Ok(delay) => self.back_off(delay),
+                    Err(end) => return end,
+                },
+            }
+        }
+        self.step(Input::Close, "the client closes");
+        self.step(Input::Closed, "closed");
+        ThreadEnd::Closed
+    }
+
+    /// One epoch, from its request to the loss of its socket.
+    fn attempt(&mut self) -> EpochEnd {
+        let policy = self.shared.policy.dial.clone();
+        let deadline = self.shared.clock.now() + policy.connect_timeout;
+        let epoch = self.peer().metrics.attempt();
+        self.step(Input::Start, &format!("attempt {}", self.machine.failures() + 1));
+        let request = match self.request(epoch) {
+            Ok(request) => request,
+            Err(error) => return EpochEnd::Lost(error),
+        };
+        match dial(self, &policy, &request, deadline) {
+            Ok(dialed) => {
+                self.step(Input::Opened, &format!("{} upgraded", dialed.peer));
+                Epoch::new(self, epoch, dialed, deadline).run()
+            }
+            Err(DialEnd::Failed(error)) => EpochEnd::Lost(error),
+            Err(DialEnd::Stopped) => EpochEnd::Closed,
+        }
+    }
+
+    fn request(&self, epoch: u64) -> Result<Request, Error> {
+        let hook = match &self.peer().endpoint {
+            Endpoint::Fixed(request) => return Ok(request.clone()),
+            Endpoint::Hook(hook) => hook,
+        };
+        let attempt = Attempt {
+            connection: self.index,
+            epoch,
+            failures: self.machine.failures(),
+            last_error: self.peer().metrics.last_error(),
+        };
+        match contained(|| hook(&attempt)) {
+            Ok(Ok(request)) => Ok(request),
+            Ok(Err(error)) => {
+                Err(Error::caused(ErrorKind::RequestHook, "the request hook failed", error))
+            }
+            Err(panic) => {
+                self.report_panic("request hook", &panic);
+                Err(Error::new(
+                    ErrorKind::RequestHook,
+                    format!("the request hook panicked: {panic}"),
+                ))
+            }
+        }
+    }
+
+    /// Decides what follows from a loss, and tells of it, once.
+    fn lost(&mut self, error: Error) -> Result<Duration, ThreadEnd> {
+        let now = self.shared.clock.now();
+        let from = self.machine.state();
+        let recovery = self.classify(&error);
+        let loss = match self.machine.lost(now, &error, recovery, rand::random()) {
+            Ok(loss) => loss,
+            Err(illegal) => return Err(ThreadEnd::Unrecoverable(bug(illegal))),
+        };
+        self.peer().metrics.ended(now, Some(&error));
+        let retry_in = match loss.fate {
+            Fate::Retry(delay) => Some(delay),
+            Fate::Unrecoverable | Fate::GiveUp(_) => None,
+        };
+        let reason = error.chain();
+        self.tell_loss(&loss, retry_in, error.clone());
+        self.shared.transition(self.index, from, self.machine.state(), &reason);
+        match loss.fate {
+            Fate::Retry(delay) => Ok(delay),
+            Fate::Unrecoverable => Err(ThreadEnd::Unrecoverable(error)),
+            Fate::GiveUp(error) => Err(ThreadEnd::GaveUp(error)),
+        }
+    }
+
+    fn tell_loss(&self, loss: &Loss, retry_in: Option<Duration>, error: Error) {
+        self.emit(match loss.uptime {
+            Some(uptime) => EventKind::Lost { uptime, retry_in, error },
+            None => EventKind::AttemptFailed { attempt: loss.failures, retry_in, error },
+        });
+    }
+
+    fn classify(&self, error: &Error) -> Recovery {
+        let default = error.recovery();
+        let Some(classifier) = &self.shared.policy.classifier else { return default };
+        contained(|| classifier(error, default)).unwrap_or_else(|panic| {
+            self.report_panic("classifier", &panic);
+            default
+        })
+    }
+
+    /// Waits before the next attempt; a close ends the wait.
+    fn back_off(&mut self, delay: Duration) {
+        let until = self.shared.clock.now() + delay;
+        while self.closing.is_none() && self.shared.clock.now() < until {
+            self.offer_held();
+            if self.park(until, &mut |_| {}).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Takes a step of the state machine and tells of it.
+    fn step(&mut self, input: Input, reason: &str) {
+        match self.machine.step(input) {
+            Ok(from) => self.shared.transition(self.index, from, self.machine.state(), reason),
+            // Closing begins in the epoch, where there is one.
+            Err(_) if input == Input::Close && self.machine.state() == State::Closing => {}
+            Err(illegal) => log::error!("{}", bug(illegal)),
+        }
+    }
+
+    /// Takes in what was posted.
+    fn hear(&mut self) {
+        let signals = self.peer().inbox.signals();
+        self.closing = signals.close.or(self.closing);
+        if signals.fired || signals.rearm {
+            self.armed = None;
+        }
+        if let Some((id, result)) = signals.addresses
+            && let Some(lookup) = self.lookup.as_mut().filter(|lookup| lookup.id == id)
+        {
+            lookup.result = Some(result);
+        }
+    }
+
+    /// Makes sure that the timer wakes this thread at `at` or earlier.
+    fn arm(&mut self, at: Instant) {
+        if self.armed.is_none_or(|armed| at < armed) {
+            self.armed = Some(at);
+            self.shared.timer.arm(self.index, at);
+        }
+    }
+
+    /// Offers what is held; `true` when nothing is held any more.
+    fn offer_held(&mut self) -> bool {
+        let Some(block) = self.held.take() else { return true };
+        match self.shared.queue.offer_again(block) {
+            Offer::Held(block) => {
+                self.held = Some(block);
+                false
+            }
+            Offer::Done { shed, reason } => {
+                self.tell_shed(shed, reason);
+                true
+            }
+            Offer::Disconnect { shed } => {
+                self.tell_shed(shed, DropReason::Disconnect);
+                true
+            }
+        }
+    }
+
+    /// Hands what is held to a queue that takes it, room or not: the client ends.
+    fn release_held(&mut self) {
+        if let Some(block) = self.held.take()
+            && let Offer::Done { shed, reason } = self.shared.queue.offer_last(block)
+        {
+            self.tell_shed(shed, reason);
+        }
+    }
+
+    fn tell_shed(&self, count: usize, reason: DropReason) {
+        if count > 0 {
+            let reason = match reason {
+                DropReason::Oldest => "queue full, oldest dropped",
+                DropReason::Newest => "queue full, newest dropped",
+                DropReason::Disconnect => "queue full, disconnecting",
+                DropReason::Closed => "the client has closed",
+            };
+            self.emit(EventKind::Dropped { count: count as u64, reason });
+        }
+    }
+
+    fn start_lookup(&mut self, host: &str, port: u16) -> Result<(), Error> {
+        self.lookups += 1;
+        let id = self.lookups;
+        let (resolver, name) = (self.shared.policy.resolver.clone(), host.to_owned());
+        let inbox = self.peer().inbox.clone();
+        let thread = format!("broadsock-dns-{}", self.index);
+        let child = self.shared.connections.len() + 1;
+        let handle = self.shared.spawner.spawn(&thread, child, move || {
+            let result = contained(|| resolver(&name, port)).unwrap_or_else(|panic| {
+                Err(io::Error::other(format!("the resolver panicked: {panic}")))
+            });
+            inbox.post(|signals| signals.addresses = Some((id, result)));
+        })?;
+        self.lookup = Some(Lookup { id, host: host.to_owned(), port, handle, result: None });
+        Ok(())
+    }
+
+    fn peer(&self) -> &Peer {
+        &self.shared.connections[self.index]
+    }
+
+    fn emit(&self, kind: EventKind) {
+        self.shared.emit(self.index, self.peer().metrics.epoch(), kind);
+    }
+
+    fn report_panic(&self, hook: &'static str, message: &str) {
+        self.emit(EventKind::Panic { hook, message: message.to_owned() });
+    }
+}
+
+impl Driver for Connection {
+    fn now(&self) -> Instant {
+        self.shared.clock.now()
+    }
+
+    fn wall(&self) -> SystemTime {
+        self.shared.clock.wall()
+    }
+
+    fn poller(&mut self) -> &mut Poller {
+        &mut self.poller
+    }
+
+    fn park(&mut self, until: Instant, tell: &mut dyn FnMut(Ready)) -> Result<(), DialEnd> {
+        self.arm(until);
+        let inbox = &self.shared.connections[self.index].inbox;
+        let waited = self.poller.wait(|| inbox.posted(false), tell);
+        self.hear();
+        if self.closing.is_some() {
+            return Err(DialEnd::Stopped);
+        }
+        waited.map_err(|error| {
+            Error::caused(ErrorKind::Io(error.kind()), "waiting for the socket failed", error)
+                .into()
+        })
+    }
+
+    fn look_up(
+        &mut self,
+        host: &str,
+        port: u16,
+        until: Instant,
+    ) -> Result<Option<Vec<SocketAddr>>, DialEnd> {
+        loop {
+            if self.lookup.is_none() {
+                self.start_lookup(host, port)?;
+            }
+            while self.lookup.as_ref().is_some_and(|lookup| lookup.result.is_none()) {
+                if self.shared.clock.now() >= until {
+                    return Ok(None);
+                }
+                self.park(until, &mut |_| {})?;
+            }
+            let Some(lookup) = self.lookup.take() else { continue };
+            // It has posted its result: the join waits for a few instructions.
+            let _ = lookup.handle.join();
+            if (lookup.host.as_str(), lookup.port) == (host, port) {
+                return match lookup.result.unwrap_or_else(|| Ok(Vec::new())) {
+                    Ok(addrs) => Ok(Some(addrs)),
+                    Err(error) => {
+                        let phrase = format!("DNS look-up of {host} failed");
+                        Err(Error::caused(ErrorKind::Dns, phrase, error).into())
+                    }
+                };
+            }
+        }
+    }
+}
+
+impl Drop for Connection {
+    /// Whatever ended the thread, a panic included: what it held is handed
+    /// over, and a look-up that still runs is left to the monitor.
+    fn drop(&mut self) {
+        self.release_held();
+        if let Some(lookup) = self.lookup.take() {
+            let name = format!("broadsock-dns-{}", self.index);
+            let notice = Notice::Adopt { name, handle: lookup.handle };
+            let _ = self.shared.spawner.monitor.try_send(notice);
+        }
+    }
+}
+
+impl std::fmt::Debug for ConnectionPolicy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ConnectionPolicy").finish_non_exhaustive()
+    }
+}
+
+fn bug(illegal: Illegal) -> Error {
+    let phrase =
+        format!("no transition from {} by {:?}: please report", illegal.state, illegal.input);
+    Error::new(ErrorKind::Panicked, phrase)
+}

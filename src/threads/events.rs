@@ -1,0 +1,106 @@
+//! Where events go: the log, the observer, and every subscriber's channel.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+
+use super::contained;
+use crate::event::{Event, EventKind};
+use crate::metrics::Counter;
+
+/// A new subscriber first gets this many of the latest events.
+const RECENT: usize = 256;
+
+/// A subscriber that reads none may leave this many waiting.
+const WAITING: usize = 1024;
+
+/// The user's function that hears of every event, on the thread it happens on.
+pub(crate) type Observer = Arc<dyn Fn(&Event) + Send + Sync>;
+
+/// Tells what happens.
+pub(crate) struct Hub {
+    observer: Option<Observer>,
+    subscribers: Mutex<Subscribers>,
+    /// Events that some subscriber had no room for.
+    pub(crate) lost: Counter,
+}
+
+#[derive(Default)]
+struct Subscribers {
+    recent: VecDeque<Event>,
+    channels: Vec<Sender<Event>>,
+    closed: bool,
+}
+
+impl Hub {
+    pub(crate) fn new(observer: Option<Observer>) -> Self {
+        Self { observer, subscribers: Mutex::default(), lost: Counter::default() }
+    }
+
+    pub(crate) fn emit(&self, event: Event) {
+        log(&event);
+        if let Some(observer) = &self.observer
+            && let Err(panic) = contained(|| observer(&event))
+        {
+            log::error!("observer panicked: {panic}");
+        }
+        let mut subscribers = self.lock();
+        subscribers.channels.retain(|channel| match channel.try_send(event.clone()) {
+            Ok(()) => true,
+            Err(TrySendError::Full(_)) => {
+                self.lost.add(1);
+                true
+            }
+            Err(TrySendError::Disconnected(_)) => false,
+        });
+        if subscribers.recent.len() == RECENT {
+            subscribers.recent.pop_front();
+        }
+        subscribers.recent.push_back(event);
+    }
+
+    /// A channel of the latest events and all that follow.
+    pub(crate) fn subscribe(&self) -> Receiver<Event> {
+        let (sender, receiver) = bounded(WAITING);
+        let mut subscribers = self.lock();
+        for event in &subscribers.recent {
+            // The channel is new and larger than what is kept.
+            let _ = sender.try_send(event.clone());
+        }
+        if !subscribers.closed {
+            subscribers.channels.push(sender);
+        }
+        receiver
+    }
+
+    /// Nothing follows: subscribers see the end of their channels.
+    pub(crate) fn close(&self) {
+        let mut subscribers = self.lock();
+        subscribers.closed = true;
+        subscribers.channels.clear();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Subscribers> {
+        self.subscribers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Hub {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hub").finish_non_exhaustive()
+    }
+}
+
+fn log(event: &Event) {
+    let level = match event.kind {
+        EventKind::State { .. } | EventKind::Blocked(_) => log::Level::Info,
+        EventKind::Restarting { .. }
+        | EventKind::Failed { .. }
+        | EventKind::Panic { .. }
+        | EventKind::Stuck { .. } => log::Level::Error,
+        _ => log::Level::Warn,
+    };
+    log::log!(level, "{event}");
+}

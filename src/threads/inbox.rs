@@ -1,0 +1,179 @@
+//! A connection's inbox: the signals and outgoing messages that wait for its
+//! thread, and the waker that makes it look.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use super::timer::Alarm;
+use crate::handler::Outgoing;
+use crate::io::poll::Waker;
+
+/// Outlives its thread: a restarted one finds what its predecessor left.
+#[derive(Debug)]
+pub(crate) struct Inbox {
+    state: Mutex<State>,
+    /// Told when the outbox has room, or when it closes.
+    room: Condvar,
+    capacity: usize,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    signals: Signals,
+    outbox: VecDeque<Outgoing>,
+    /// No message is taken any more.
+    closed: bool,
+    waker: Option<Waker>,
+}
+
+/// What happened since the thread last looked.
+#[derive(Debug, Default)]
+pub(crate) struct Signals {
+    /// The client closes; the connection must be done by then.
+    pub(crate) close: Option<Instant>,
+    /// The timer's deadline came.
+    pub(crate) fired: bool,
+    /// The timer was restarted and knows no deadline.
+    pub(crate) rearm: bool,
+    /// The queue may have room.
+    pub(crate) room: bool,
+    /// A DNS look-up ended.
+    pub(crate) addresses: Option<(u64, io::Result<Vec<SocketAddr>>)>,
+}
+
+/// Why a message did not get into the outbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Refused {
+    Full,
+    Closed,
+}
+
+impl Signals {
+    fn any(&self) -> bool {
+        self.close.is_some() || self.fired || self.rearm || self.room || self.addresses.is_some()
+    }
+}
+
+impl Inbox {
+    pub(crate) fn new(capacity: usize) -> Self {
+        Self { state: Mutex::default(), room: Condvar::new(), capacity }
+    }
+
+    /// A thread begins to listen.
+    pub(crate) fn attach(&self, waker: Waker) {
+        self.lock().waker = Some(waker);
+    }
+
+    /// Posts a signal and wakes the thread.
+    pub(crate) fn post(&self, set: impl FnOnce(&mut Signals)) {
+        let mut state = self.lock();
+        set(&mut state.signals);
+        wake(state);
+    }
+
+    /// Takes the signals.
+    pub(crate) fn signals(&self) -> Signals {
+        std::mem::take(&mut self.lock().signals)
+    }
+
+    /// Whether the thread has something to look at: a signal or, when it can
+    /// send, a message.
+    pub(crate) fn posted(&self, can_send: bool) -> bool {
+        let state = self.lock();
+        state.signals.any() || (can_send && !state.outbox.is_empty())
+    }
+
+    /// Whether a message waits in the outbox.
+    pub(crate) fn posted_message(&self) -> bool {
+        !self.lock().outbox.is_empty()
+    }
+
+    /// Puts a message into the outbox, which may have to have room.
+    pub(crate) fn push(&self, message: Outgoing) -> Result<(), (Refused, Outgoing)> {
+        let mut state = self.lock();
+        if state.closed {
+            return Err((Refused::Closed, message));
+        }
+        if state.outbox.len() >= self.capacity {
+            return Err((Refused::Full, message));
+        }
+        state.outbox.push_back(message);
+        wake(state);
+        Ok(())
+    }
+
+    /// Waits until the outbox may have room or is closed; `false` at `until`.
+    pub(crate) fn wait_room(&self, now: impl Fn() -> Instant, until: Option<Instant>) -> bool {
+        let mut state = self.lock();
+        while !state.closed && state.outbox.len() >= self.capacity {
+            state = match until {
+                None => self.room.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(until) => {
+                    let left = until.saturating_duration_since(now());
+                    if left.is_zero() {
+                        return false;
+                    }
+                    let waited = self.room.wait_timeout(state, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+        true
+    }
+
+    /// The oldest message of the outbox.
+    pub(crate) fn pop(&self) -> Option<Outgoing> {
+        let mut state = self.lock();
+        let message = state.outbox.pop_front();
+        if message.is_some() {
+            drop(state);
+            self.room.notify_one();
+        }
+        message
+    }
+
+    /// Puts messages back, before all others and in their order, room or not:
+    /// they were in here before.
+    pub(crate) fn put_back(&self, messages: Vec<Outgoing>) {
+        let mut state = self.lock();
+        messages.into_iter().rev().for_each(|message| state.outbox.push_front(message));
+    }
+
+    /// Takes no message from now on; those in the outbox may still leave.
+    pub(crate) fn refuse(&self) {
+        self.lock().closed = true;
+        self.room.notify_all();
+    }
+
+    /// Takes no message from now on; returns those that never left.
+    pub(crate) fn close(&self) -> Vec<Outgoing> {
+        let mut state = self.lock();
+        state.closed = true;
+        let left = state.outbox.drain(..).collect();
+        drop(state);
+        self.room.notify_all();
+        left
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Alarm for Inbox {
+    fn fire(&self) {
+        self.post(|signals| signals.fired = true);
+    }
+}
+
+/// Wakes the thread after the lock is let go.
+fn wake(state: MutexGuard<'_, State>) {
+    let waker = state.waker.clone();
+    drop(state);
+    if let Some(waker) = waker {
+        waker.wake();
+    }
+}

@@ -1,0 +1,420 @@
+//! The way from connections to consumers: dedup, ledger, and the bounded queue
+//! of blocks.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, never, select};
+
+use super::inbox::Inbox;
+use crate::logic::dedup::{Dedup, Processing};
+use crate::logic::ledger::Books;
+use crate::logic::overflow::{Decision, Overflow, Room, decide};
+use crate::message::{Account, Block, BlockBuilder, Message, MessageId};
+use crate::metrics::{Counter, DropReason, Dropped, Ledger};
+
+/// Limits of the queue.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct QueuePolicy {
+    pub(crate) messages: usize,
+    pub(crate) bytes: usize,
+    pub(crate) overflow: Overflow,
+}
+
+impl QueuePolicy {
+    /// Messages of one block: small against the queue, so that shedding whole
+    /// blocks sheds little more than it must.
+    pub(crate) fn block_messages(&self) -> usize {
+        (self.messages / 8).clamp(1, 1024)
+    }
+}
+
+/// The queue, and the books about what goes through it. Connections offer
+/// blocks; consumers take messages. Locks are held for bookkeeping only.
+pub(crate) struct Queue {
+    policy: QueuePolicy,
+    /// `None` once closed: a connection that hangs cannot keep consumers waiting.
+    sender: Mutex<Option<Sender<Block>>>,
+    receiver: Receiver<Block>,
+    intake: Mutex<Intake>,
+    gate: Arc<Gate>,
+    opened: Mutex<VecDeque<Block>>,
+    /// Says that `opened` holds messages, to consumers that wait.
+    nudge: (Sender<()>, Receiver<()>),
+    waiting: AtomicUsize,
+    pub(crate) without_id: Counter,
+}
+
+/// What is decided under one lock, once for each block.
+#[derive(Debug)]
+struct Intake {
+    books: Books,
+    dedup: Option<Dedup>,
+    /// Messages and bytes pushed, ever, less those shed from the queue.
+    pushed: u64,
+    pushed_bytes: u64,
+}
+
+/// What consumers count, and whom they wake.
+struct Gate {
+    delivered: AtomicU64,
+    freed_bytes: AtomicU64,
+    /// Connections that wait for room, wake when `delivered` gets here.
+    wake_at: AtomicU64,
+    waits_for_bytes: AtomicBool,
+    readers: Vec<Arc<Inbox>>,
+}
+
+/// What became of a block that was offered.
+#[derive(Debug)]
+pub(crate) enum Offer {
+    /// It is accounted for; this many of its messages were shed.
+    Done { shed: usize, reason: DropReason },
+    /// There is no room: stop reading and offer it again when woken.
+    Held(Block),
+    /// The connection must end; this many messages were shed.
+    Disconnect { shed: usize },
+}
+
+/// Why no message came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum NoMessage {
+    /// None by the deadline.
+    Timeout,
+    /// None will ever come.
+    Ended,
+}
+
+const NOBODY: u64 = u64::MAX;
+
+impl Queue {
+    pub(crate) fn new(policy: QueuePolicy, dedup: Option<Dedup>, readers: Vec<Arc<Inbox>>) -> Self {
+        // No queued block is empty, so `messages` slots hold whatever the limit
+        // admits; one more for each connection is room for what it holds when
+        // the client closes.
+        let (sender, receiver) = bounded(policy.messages + readers.len());
+        let gate = Gate {
+            delivered: AtomicU64::new(0),
+            freed_bytes: AtomicU64::new(0),
+            wake_at: AtomicU64::new(NOBODY),
+            waits_for_bytes: AtomicBool::new(false),
+            readers,
+        };
+        Self {
+            policy,
+            sender: Mutex::new(Some(sender)),
+            receiver,
+            intake: Mutex::new(Intake {
+                books: Books::default(),
+                dedup,
+                pushed: 0,
+                pushed_bytes: 0,
+            }),
+            gate: Arc::new(gate),
+            opened: Mutex::default(),
+            nudge: bounded(1),
+            waiting: AtomicUsize::new(0),
+            without_id: Counter::default(),
+        }
+    }
+
+    /// Takes in what a connection read in one turn: enters it into the books,
+    /// drops duplicates, and queues the rest.
+    pub(crate) fn offer(&self, mut block: BlockBuilder, skipped: u64, now: Instant) -> Offer {
+        let mut intake = self.intake();
+        let all = block.len();
+        if let Some(dedup) = &mut intake.dedup {
+            let mut without = 0;
+            block.retain(|id| match id {
+                Some(id) => dedup.accept(id.to_u128(), now),
+                None => {
+                    without += 1;
+                    true
+                }
+            });
+            self.without_id.add(without);
+        }
+        let fresh = block.len();
+        intake.books.offered(fresh as u64, (all - fresh) as u64);
+        intake.books.skipped(skipped);
+        if fresh == 0 {
+            return Offer::Done { shed: 0, reason: DropReason::Closed };
+        }
+        self.admit(&mut intake, block.finish())
+    }
+
+    /// Offers a held block again.
+    pub(crate) fn offer_again(&self, block: Block) -> Offer {
+        self.admit(&mut self.intake(), block)
+    }
+
+    /// Queues a held block of a client that closes, room or not.
+    pub(crate) fn offer_last(&self, block: Block) -> Offer {
+        let mut intake = self.intake();
+        self.push(&mut intake, block)
+    }
+
+    fn admit(&self, intake: &mut Intake, mut block: Block) -> Offer {
+        let bytes = block.bytes();
+        match decide(self.policy.overflow, self.room(intake), block.len(), bytes) {
+            Decision::Push => self.push(intake, block),
+            Decision::Hold => self.hold(intake, block),
+            Decision::DropOldest { messages, bytes } => {
+                let shed = self.drop_oldest(intake, messages, bytes);
+                match self.push(intake, block) {
+                    Offer::Done { shed: 0, .. } => Offer::Done { shed, reason: DropReason::Oldest },
+                    closed => closed,
+                }
+            }
+            Decision::Split { keep } => {
+                let rest = block.split_off(keep);
+                let shed = shed(intake, rest, DropReason::Newest);
+                match self.push(intake, block) {
+                    Offer::Done { shed: 0, .. } => Offer::Done { shed, reason: DropReason::Newest },
+                    closed => closed,
+                }
+            }
+            Decision::Disconnect { keep } => {
+                let rest = block.split_off(keep);
+                let shed = shed(intake, rest, DropReason::Disconnect);
+                self.push(intake, block);
+                Offer::Disconnect { shed }
+            }
+        }
+    }
+
+    /// Asks consumers for a wake-up. Room that came meanwhile is seen by the
+    /// second look, and a consumer that comes after it sees the wish.
+    fn hold(&self, intake: &mut Intake, block: Block) -> Offer {
+        // A quarter of the queue is let go before reading starts again, or the
+        // connection would wake for each message taken.
+        let room = (self.policy.messages - self.policy.messages / 4) as u64;
+        let fits = (self.policy.messages as u64).saturating_sub(block.len() as u64);
+        let target = intake.pushed.saturating_sub(room.min(fits));
+        self.gate.wake_at.fetch_min(target, SeqCst);
+        self.gate.waits_for_bytes.store(true, SeqCst);
+        let now = self.room(intake);
+        match decide(self.policy.overflow, now, block.len(), block.bytes()) {
+            Decision::Push => self.push(intake, block),
+            _ => Offer::Held(block),
+        }
+    }
+
+    fn push(&self, intake: &mut Intake, block: Block) -> Offer {
+        let (len, bytes) = (block.len(), block.bytes());
+        let nothing_shed = Offer::Done { shed: 0, reason: DropReason::Closed };
+        if len == 0 {
+            return nothing_shed;
+        }
+        let block = block.with_account(self.gate.clone());
+        let sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
+        let refused = match sender.as_ref().map(|sender| sender.try_send(block)) {
+            Some(Ok(())) => {
+                intake.pushed += len as u64;
+                intake.pushed_bytes += bytes as u64;
+                return nothing_shed;
+            }
+            Some(Err(error)) => Some(error.into_inner()),
+            None => None,
+        };
+        intake.pushed_bytes += if refused.is_some() { bytes as u64 } else { 0 };
+        if let Some(block) = refused {
+            forget(intake, &block);
+            block.discard();
+        }
+        intake.books.shed(DropReason::Closed, len as u64);
+        Offer::Done { shed: len, reason: DropReason::Closed }
+    }
+
+    fn drop_oldest(&self, intake: &mut Intake, messages: usize, bytes: usize) -> usize {
+        let (mut gone, mut gone_bytes) = (0, 0);
+        while gone < messages || gone_bytes < bytes {
+            // Consumers may have emptied it meanwhile.
+            let Ok(block) = self.receiver.try_recv() else { break };
+            gone_bytes += block.bytes();
+            intake.pushed -= block.len() as u64;
+            gone += shed(intake, block, DropReason::Oldest);
+        }
+        gone
+    }
+
+    fn room(&self, intake: &Intake) -> Room {
+        let delivered = self.gate.delivered.load(SeqCst);
+        let freed = self.gate.freed_bytes.load(SeqCst);
+        Room {
+            queued: to_usize(intake.pushed.saturating_sub(delivered)),
+            capacity: self.policy.messages,
+            queued_bytes: to_usize(intake.pushed_bytes.saturating_sub(freed)),
+            capacity_bytes: self.policy.bytes,
+        }
+    }
+
+    /// A message was processed; a redelivery stays a duplicate.
+    pub(crate) fn done(&self, id: MessageId) {
+        if let Some(dedup) = &mut self.intake().dedup {
+            dedup.done(id.to_u128());
+        }
+    }
+
+    /// A message failed; a redelivery is accepted.
+    pub(crate) fn forget(&self, id: MessageId) -> bool {
+        self.intake().dedup.as_mut().is_some_and(|dedup| dedup.forget(id.to_u128()))
+    }
+
+    pub(crate) fn processing(&self, id: MessageId, now: Instant) -> Option<Processing> {
+        self.intake().dedup.as_ref()?.state(id.to_u128(), now)
+    }
+
+    /// The books at one instant. `delivered` is read first: it never exceeds
+    /// what was accepted before.
+    pub(crate) fn ledger(&self) -> (Ledger, Dropped) {
+        let delivered = self.gate.delivered.load(SeqCst);
+        let books = &self.intake().books;
+        let dropped = Dropped {
+            oldest: books.dropped_by(DropReason::Oldest),
+            newest: books.dropped_by(DropReason::Newest),
+            disconnect: books.dropped_by(DropReason::Disconnect),
+            closed: books.dropped_by(DropReason::Closed),
+        };
+        (books.ledger(delivered), dropped)
+    }
+
+    /// No block is taken any more; consumers end when they have had the rest.
+    pub(crate) fn close(&self) {
+        self.sender.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    /// Throws away what nobody will receive any more; it stays in flight.
+    pub(crate) fn abandon(&self) -> usize {
+        let opened: Vec<Block> = self.opened().drain(..).collect();
+        opened.into_iter().chain(self.receiver.try_iter()).map(Block::discard).sum()
+    }
+
+    pub(crate) fn receiver(&self) -> &Receiver<Block> {
+        &self.receiver
+    }
+
+    /// The next message, from a block some consumer has opened or a new one;
+    /// waits until `until`, or for ever.
+    pub(crate) fn recv(&self, until: Option<Instant>) -> Result<Message, NoMessage> {
+        if let Ok(message) = self.try_recv() {
+            return Ok(message);
+        }
+        self.waiting.fetch_add(1, SeqCst);
+        let message = self.wait(until);
+        self.waiting.fetch_sub(1, SeqCst);
+        message
+    }
+
+    fn wait(&self, until: Option<Instant>) -> Result<Message, NoMessage> {
+        let timeout = until.map_or_else(never, crossbeam_channel::at);
+        loop {
+            match self.try_recv() {
+                Err(NoMessage::Timeout) => {}
+                known => return known,
+            }
+            select! {
+                recv(self.receiver) -> block => if let Ok(block) = block {
+                    self.open(block);
+                },
+                recv(self.nudge.1) -> _ => {}
+                recv(timeout) -> _ => return self.try_recv(),
+            }
+        }
+    }
+
+    /// The next message if there is one; `Timeout` means none yet.
+    pub(crate) fn try_recv(&self) -> Result<Message, NoMessage> {
+        if let Some(message) = self.next_opened() {
+            return Ok(message);
+        }
+        match self.receiver.try_recv() {
+            Ok(block) => {
+                self.open(block);
+                self.next_opened().ok_or(NoMessage::Timeout)
+            }
+            Err(TryRecvError::Empty) => Err(NoMessage::Timeout),
+            // Another consumer may have opened the last block just now.
+            Err(TryRecvError::Disconnected) => self.next_opened().ok_or(NoMessage::Ended),
+        }
+    }
+
+    fn open(&self, block: Block) {
+        self.opened().push_back(block);
+    }
+
+    fn next_opened(&self) -> Option<Message> {
+        let mut opened = self.opened();
+        let message = opened.front_mut()?.next();
+        let finished =
+            if opened.front().is_some_and(Block::is_empty) { opened.pop_front() } else { None };
+        let more = !opened.is_empty();
+        drop(opened);
+        // Tells the books, and perhaps wakes a reader: not under the lock.
+        drop(finished);
+        if more && self.waiting.load(SeqCst) > 0 {
+            let _ = self.nudge.0.try_send(());
+        }
+        message
+    }
+
+    fn opened(&self) -> MutexGuard<'_, VecDeque<Block>> {
+        self.opened.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn intake(&self) -> MutexGuard<'_, Intake> {
+        self.intake.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Gate {
+    fn wake(&self) {
+        self.readers.iter().for_each(|inbox| inbox.post(|signals| signals.room = true));
+    }
+}
+
+impl Account for Gate {
+    fn delivered(&self, count: usize) {
+        let delivered = self.delivered.fetch_add(count as u64, SeqCst) + count as u64;
+        if delivered >= self.wake_at.load(SeqCst) && self.wake_at.swap(NOBODY, SeqCst) != NOBODY {
+            self.wake();
+        }
+    }
+
+    fn freed(&self, bytes: usize) {
+        self.freed_bytes.fetch_add(bytes as u64, SeqCst);
+        if self.waits_for_bytes.load(SeqCst) && self.waits_for_bytes.swap(false, SeqCst) {
+            self.wake();
+        }
+    }
+}
+
+impl fmt::Debug for Queue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Queue").field("policy", &self.policy).finish_non_exhaustive()
+    }
+}
+
+/// Sheds what is left of a block: its ids are forgotten, so that a redelivery
+/// is accepted.
+fn shed(intake: &mut Intake, block: Block, reason: DropReason) -> usize {
+    forget(intake, &block);
+    let count = block.discard();
+    intake.books.shed(reason, count as u64);
+    count
+}
+
+fn forget(intake: &mut Intake, block: &Block) {
+    if let Some(dedup) = &mut intake.dedup {
+        block.ids().for_each(|id| {
+            dedup.forget(id.to_u128());
+        });
+    }
+}
+
+fn to_usize(count: u64) -> usize {
+    usize::try_from(count).unwrap_or(usize::MAX)
+}

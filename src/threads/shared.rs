@@ -1,0 +1,164 @@
+//! What the threads of one client share.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use super::Spawner;
+use super::connection::ConnectionPolicy;
+use super::events::Hub;
+use super::inbox::Inbox;
+use super::queue::Queue;
+use super::timer::Timer;
+use crate::error::{BoxError, Error};
+use crate::event::{Event, EventKind, State};
+use crate::handler::{Attempt, Outgoing, Request};
+use crate::io::clock::Clock;
+use crate::metrics::{ConnectionMetrics, Counter, Snapshot};
+
+/// Where a connection connects to: the same each time, or asked for each time.
+#[derive(Clone)]
+pub(crate) enum Endpoint {
+    Fixed(Request),
+    Hook(RequestHook),
+}
+
+/// A user's function that says where to connect, before each attempt.
+pub(crate) type RequestHook = Arc<dyn Fn(&Attempt) -> Result<Request, BoxError> + Send + Sync>;
+
+/// Looks up a host name.
+pub(crate) type Resolver = Arc<dyn Fn(&str, u16) -> io::Result<Vec<SocketAddr>> + Send + Sync>;
+
+/// One client's shared parts.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) clock: Clock,
+    pub(crate) policy: ConnectionPolicy,
+    pub(crate) queue: Queue,
+    pub(crate) hub: Hub,
+    pub(crate) timer: Timer,
+    pub(crate) spawner: Spawner,
+    pub(crate) connections: Vec<Peer>,
+    pub(crate) states: States,
+    pub(crate) restarts: Counter,
+    pub(crate) ending: Mutex<Ending>,
+}
+
+/// How a client ended.
+#[derive(Debug, Default)]
+pub(crate) struct Ending {
+    pub(crate) error: Option<Error>,
+    pub(crate) stuck: Vec<String>,
+    pub(crate) unsent: Vec<Outgoing>,
+}
+
+/// One connection as others see it; it outlives the connection's thread.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    pub(crate) endpoint: Endpoint,
+    pub(crate) inbox: Arc<Inbox>,
+    pub(crate) metrics: ConnectionMetrics,
+}
+
+/// The connections' states, and a way to wait for one.
+#[derive(Debug)]
+pub(crate) struct States {
+    all: Mutex<Vec<State>>,
+    changed: Condvar,
+}
+
+impl Shared {
+    pub(crate) fn emit(&self, connection: usize, epoch: u64, kind: EventKind) {
+        self.hub.emit(Event { at: self.clock.now(), connection, epoch, kind });
+    }
+
+    /// Enters a connection's new state and tells of it.
+    pub(crate) fn transition(&self, connection: usize, from: State, to: State, reason: &str) {
+        self.states.set(connection, to);
+        let epoch = self.connections[connection].metrics.epoch();
+        let reason = reason.to_owned();
+        self.emit(connection, epoch, EventKind::State { from, to, reason });
+    }
+
+    pub(crate) fn ending(&self) -> MutexGuard<'_, Ending> {
+        self.ending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        let now = self.clock.now();
+        let states = self.states.all();
+        let (ledger, dropped) = self.queue.ledger();
+        Snapshot {
+            ledger,
+            dropped,
+            without_id: self.queue.without_id.get(),
+            restarts: self.restarts.get(),
+            events_lost: self.hub.lost.get(),
+            connections: self
+                .connections
+                .iter()
+                .zip(states)
+                .map(|(peer, state)| peer.metrics.snapshot(state, now))
+                .collect(),
+        }
+    }
+}
+
+impl States {
+    pub(crate) fn new(count: usize) -> Self {
+        Self { all: Mutex::new(vec![State::Disconnected; count]), changed: Condvar::new() }
+    }
+
+    pub(crate) fn all(&self) -> Vec<State> {
+        self.lock().clone()
+    }
+
+    pub(crate) fn of(&self, connection: usize) -> State {
+        self.lock()[connection]
+    }
+
+    /// Enters a state. A final one of a client that has ended stays.
+    pub(crate) fn set(&self, connection: usize, state: State) {
+        self.lock()[connection] = state;
+        self.changed.notify_all();
+    }
+
+    /// Waits until `reached` says so, or `until`; returns what it said last.
+    pub(crate) fn wait(
+        &self,
+        clock: Clock,
+        until: Option<Instant>,
+        reached: impl Fn(&[State]) -> bool,
+    ) -> bool {
+        let mut states = self.lock();
+        while !reached(&states) {
+            states = match until {
+                None => self.changed.wait(states).unwrap_or_else(PoisonError::into_inner),
+                Some(until) => {
+                    let left = until.saturating_duration_since(clock.now());
+                    if left.is_zero() {
+                        return false;
+                    }
+                    let waited = self.changed.wait_timeout(states, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+        true
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<State>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Endpoint::Fixed(request) => request.fmt(f),
+            Endpoint::Hook(_) => f.write_str("Hook"),
+        }
+    }
+}
