@@ -1,0 +1,392 @@
+//! [`Client`]: what a program holds.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{
+    Receiver, RecvError, RecvTimeoutError, TryRecvError, TrySendError, bounded,
+};
+
+use crate::config::{ClientBuilder, Config, WhileDown};
+use crate::error::{Error, ErrorKind};
+use crate::event::{Event, State};
+use crate::handler::Request;
+use crate::io::clock::Clock;
+use crate::logic::dedup::Processing;
+use crate::message::{Block, Message, MessageId};
+use crate::metrics::{ConnectionMetrics, Counter, Report, Snapshot};
+use crate::sender::Sender;
+use crate::threads::Spawner;
+use crate::threads::events::Hub;
+use crate::threads::inbox::Inbox;
+use crate::threads::monitor::{Monitor, NOTICES, Notice};
+use crate::threads::queue::{NoMessage, Queue};
+use crate::threads::shared::{Peer, Shared, States};
+use crate::threads::timer::Timer;
+
+/// How long a client that is dropped without `close` may take to end.
+const DROP_DEADLINE: Duration = Duration::from_secs(1);
+
+/// Connects to `url` with default settings and keeps the connection alive.
+///
+/// ```no_run
+/// for message in &broadsock::connect("wss://feed.example/stream")? {
+///     println!("{message}");
+/// }
+/// # Ok::<(), broadsock::Error>(())
+/// ```
+///
+/// # Errors
+///
+/// The URL is malformed, or a thread could not be started. Everything else is
+/// tried again; see [`Client::events`] and [`Client::wait_connected`].
+pub fn connect(url: impl Into<Request>) -> Result<Client, Error> {
+    Client::builder(url).start()
+}
+
+/// One or more connections that are kept alive, and the queue they feed.
+///
+/// Iterate over `&client` for a blocking iterator of messages, or take them by
+/// [`recv`](Client::recv), [`try_recv`](Client::try_recv) and
+/// [`recv_timeout`](Client::recv_timeout), from as many threads as you like:
+/// each message goes to one of them. The iterator ends when the client was
+/// closed or has failed and the queue is empty; [`error`](Client::error) tells
+/// which.
+///
+/// Dropping a client closes it, within a second.
+pub struct Client {
+    shared: Arc<Shared>,
+    while_down: WhileDown,
+    monitor: Mutex<Option<JoinHandle<()>>>,
+    /// Disconnected when the monitor has ended, and with it every other thread.
+    ended: Receiver<()>,
+}
+
+impl Client {
+    /// Settings for a client whose first connection is to `request`: a URL, or
+    /// a [`Request`] with headers of its own.
+    pub fn builder(request: impl Into<Request>) -> ClientBuilder {
+        ClientBuilder::new().endpoint(request)
+    }
+
+    /// Settings for a client without an endpoint yet: for
+    /// [`request_hook`](ClientBuilder::request_hook).
+    pub fn unconnected() -> ClientBuilder {
+        ClientBuilder::new()
+    }
+
+    /// The next message; waits for it.
+    ///
+    /// # Errors
+    ///
+    /// The client was closed or has failed, and the queue is empty.
+    pub fn recv(&self) -> Result<Message, RecvError> {
+        self.shared.queue.recv(None).map_err(|_| RecvError)
+    }
+
+    /// The next message, if there is one already.
+    ///
+    /// # Errors
+    ///
+    /// There is none yet (`Empty`), or there will be none (`Disconnected`).
+    pub fn try_recv(&self) -> Result<Message, TryRecvError> {
+        self.shared.queue.try_recv().map_err(|error| match error {
+            NoMessage::Timeout => TryRecvError::Empty,
+            NoMessage::Ended => TryRecvError::Disconnected,
+        })
+    }
+
+    /// The next message; waits for it no longer than `timeout`.
+    ///
+    /// # Errors
+    ///
+    /// None came in time (`Timeout`), or there will be none (`Disconnected`).
+    pub fn recv_timeout(&self, timeout: Duration) -> Result<Message, RecvTimeoutError> {
+        let until = self.shared.clock.now().checked_add(timeout);
+        self.shared.queue.recv(until).map_err(|error| match error {
+            NoMessage::Timeout => RecvTimeoutError::Timeout,
+            NoMessage::Ended => RecvTimeoutError::Disconnected,
+        })
+    }
+
+    /// A blocking iterator over the messages.
+    #[must_use]
+    pub fn iter(&self) -> Messages<'_> {
+        Messages { client: self }
+    }
+
+    /// The channel behind the queue, to put into `crossbeam_channel::select!`.
+    /// It yields blocks: iterate over each. Do not mix it with `recv`, which
+    /// may hold the rest of a block it has opened.
+    #[must_use]
+    pub fn receiver(&self) -> &Receiver<Block> {
+        self.shared.queue.receiver()
+    }
+
+    /// Sends on the first connection.
+    #[must_use]
+    pub fn sender(&self) -> Sender {
+        Sender::new(Arc::clone(&self.shared), 0, self.while_down)
+    }
+
+    /// Sends on the connection of this number; `None` if there is none such.
+    #[must_use]
+    pub fn sender_for(&self, connection: usize) -> Option<Sender> {
+        let known = connection < self.shared.connections.len();
+        known.then(|| Sender::new(Arc::clone(&self.shared), connection, self.while_down))
+    }
+
+    /// The state of the connection that is best off: `Connected` if any is.
+    #[must_use]
+    pub fn state(&self) -> State {
+        let rank = |state: &State| match state {
+            State::Connected => 7,
+            State::Opening => 6,
+            State::Connecting => 5,
+            State::Reconnecting => 4,
+            State::Disconnected => 3,
+            State::Closing => 2,
+            State::Failed => 1,
+            State::Closed => 0,
+        };
+        self.shared.states.all().into_iter().max_by_key(rank).unwrap_or(State::Closed)
+    }
+
+    /// Each connection's state, in the order of the endpoints.
+    #[must_use]
+    pub fn states(&self) -> Vec<State> {
+        self.shared.states.all()
+    }
+
+    /// Waits until at least one connection stands.
+    ///
+    /// # Errors
+    ///
+    /// The client has failed (its cause), was closed (`Shutdown`), or none
+    /// stood within `timeout` (`NotConnected`, with the last error as cause).
+    pub fn wait_connected(&self, timeout: Duration) -> Result<(), Error> {
+        let until = self.shared.clock.now().checked_add(timeout);
+        let ended = || self.error().is_some();
+        self.shared.states.wait(self.shared.clock, until, |states| {
+            states.contains(&State::Connected)
+                || states.iter().all(|state| *state == State::Closed)
+                || ended()
+        });
+        match self.state() {
+            State::Connected => Ok(()),
+            _ if ended() => Err(self.error().unwrap_or_else(shut_down)),
+            State::Closed | State::Closing => Err(shut_down()),
+            _ => Err(self.not_connected(timeout)),
+        }
+    }
+
+    fn not_connected(&self, timeout: Duration) -> Error {
+        let phrase = format!("not connected within {timeout:?}");
+        let mut errors =
+            self.shared.connections.iter().filter_map(|peer| peer.metrics.last_error());
+        match errors.next() {
+            Some(cause) => Error::caused(ErrorKind::NotConnected, phrase, cause),
+            None => Error::new(ErrorKind::NotConnected, phrase),
+        }
+    }
+
+    /// A channel of events: first the latest (up to 256), then all that follow.
+    /// It holds 1,024; what a slow reader has no room for is counted in
+    /// [`Snapshot::events_lost`]. It ends when the client has ended.
+    #[must_use]
+    pub fn events(&self) -> Receiver<Event> {
+        self.shared.hub.subscribe()
+    }
+
+    /// All counters, at this instant.
+    #[must_use]
+    pub fn metrics(&self) -> Snapshot {
+        self.shared.snapshot()
+    }
+
+    /// Why the client failed; `None` while it has not.
+    #[must_use]
+    pub fn error(&self) -> Option<Error> {
+        self.shared.ending().error.clone()
+    }
+
+    /// Says that a message was processed: a redelivery stays a duplicate, also
+    /// after it was in flight for long. Without dedup it does nothing.
+    pub fn complete(&self, message: &Message) {
+        if let Some(id) = message.id() {
+            self.shared.queue.done(id);
+        }
+    }
+
+    /// Says that processing a message failed: the window forgets it, so a
+    /// redelivery is accepted. Returns whether it was in the window.
+    pub fn forget(&self, message: &Message) -> bool {
+        message.id().is_some_and(|id| self.shared.queue.forget(id))
+    }
+
+    /// How far a message got, as far as the dedup window remembers it.
+    #[must_use]
+    pub fn processing(&self, id: MessageId) -> Option<Processing> {
+        self.shared.queue.processing(id, self.shared.clock.now())
+    }
+
+    /// Closes every connection with a close handshake, after what is in the
+    /// outboxes was sent, and joins all threads; returns by `deadline`, from
+    /// every state, and names the threads that hang.
+    ///
+    /// Messages that were accepted stay readable. A second call is harmless. On
+    /// one of the client's own threads (in a hook) it begins the close and
+    /// returns at once.
+    pub fn close(&self, deadline: Duration) -> Report {
+        let now = self.shared.clock.now();
+        let at = now.checked_add(deadline).unwrap_or_else(|| now + Duration::from_secs(86_400));
+        self.shared.connections.iter().for_each(|peer| peer.inbox.refuse());
+        // The monitor ends a little earlier, so that its verdict is in the report.
+        let margin = (deadline / 10).min(Duration::from_millis(20));
+        self.tell_monitor(Notice::Close(at - margin), at);
+        let own = self.shared.spawner.is_own_thread();
+        if !own && self.ended.recv_deadline(at) == Err(RecvTimeoutError::Disconnected) {
+            self.join();
+        }
+        self.report(own)
+    }
+
+    fn tell_monitor(&self, notice: Notice, by: Instant) {
+        let monitor = &self.shared.spawner.monitor;
+        match monitor.try_send(notice) {
+            Err(TrySendError::Full(notice)) if !self.shared.spawner.is_own_thread() => {
+                let _ = monitor.send_deadline(notice, by);
+            }
+            // Disconnected: it has ended already.
+            _ => {}
+        }
+    }
+
+    fn join(&self) {
+        let handle = self.monitor.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(handle) = handle
+            && handle.join().is_err()
+        {
+            log::error!("the monitor thread panicked: please report");
+        }
+    }
+
+    fn report(&self, own: bool) -> Report {
+        let metrics = self.metrics();
+        let ended = self.ended.try_recv() == Err(TryRecvError::Disconnected);
+        let ending = self.shared.ending();
+        let mut stuck = ending.stuck.clone();
+        if !ended && !own {
+            stuck.push("broadsock-monitor".to_owned());
+        }
+        Report { metrics, error: ending.error.clone(), stuck, unsent: ending.unsent.clone() }
+    }
+}
+
+impl ClientBuilder {
+    /// Checks the settings and starts the client's threads. Connecting goes on
+    /// in the background; see [`Client::wait_connected`].
+    ///
+    /// # Errors
+    ///
+    /// A setting or URL is unusable (the error names it), or a thread could not
+    /// be started.
+    pub fn start(self) -> Result<Client, Error> {
+        let config = self.parse()?;
+        let while_down = config.while_down;
+        let intensity = config.intensity;
+        let (notices, inbox) = bounded(NOTICES);
+        let shared = Arc::new(share(config, Spawner::new(notices)));
+        let monitor = Monitor::start(Arc::clone(&shared), inbox, intensity)?;
+        let (guard, ended) = bounded(0);
+        let end = EndGuard { shared: Arc::clone(&shared), _ended: guard };
+        let spawner = shared.spawner.clone();
+        let handle = spawner.spawn("broadsock-monitor", usize::MAX, move || {
+            let _end = end;
+            monitor.run();
+        })?;
+        Ok(Client { shared, while_down, monitor: Mutex::new(Some(handle)), ended })
+    }
+}
+
+fn share(config: Config, spawner: Spawner) -> Shared {
+    let inboxes: Vec<Arc<Inbox>> =
+        config.endpoints.iter().map(|_| Arc::new(Inbox::new(config.outbox))).collect();
+    let queue = Queue::new(config.queue, config.dedup, inboxes.clone());
+    let peers = config.endpoints.into_iter().zip(inboxes);
+    let connections: Vec<Peer> = peers
+        .map(|(endpoint, inbox)| Peer { endpoint, inbox, metrics: ConnectionMetrics::default() })
+        .collect();
+    Shared {
+        clock: Clock::real(),
+        policy: config.policy,
+        queue,
+        hub: Hub::new(config.observer),
+        timer: Timer::new(),
+        spawner,
+        states: States::new(connections.len()),
+        connections,
+        restarts: Counter::default(),
+        ending: Mutex::default(),
+    }
+}
+
+/// Ends what others wait for when the monitor ends, also by a panic.
+struct EndGuard {
+    shared: Arc<Shared>,
+    _ended: crossbeam_channel::Sender<()>,
+}
+
+impl Drop for EndGuard {
+    fn drop(&mut self) {
+        self.shared.queue.close();
+        self.shared.connections.iter().for_each(|peer| peer.inbox.refuse());
+        self.shared.hub.close();
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.close(DROP_DEADLINE);
+        let unread = self.shared.queue.abandon();
+        if unread > 0 {
+            log::warn!("client dropped with {unread} messages unread");
+        }
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("states", &self.states()).finish_non_exhaustive()
+    }
+}
+
+/// The messages of a [`Client`], each waited for. Ends when the client was
+/// closed or has failed, after the queue is empty.
+#[derive(Debug)]
+pub struct Messages<'c> {
+    client: &'c Client,
+}
+
+impl Iterator for Messages<'_> {
+    type Item = Message;
+
+    fn next(&mut self) -> Option<Message> {
+        self.client.recv().ok()
+    }
+}
+
+impl<'c> IntoIterator for &'c Client {
+    type Item = Message;
+    type IntoIter = Messages<'c>;
+
+    fn into_iter(self) -> Messages<'c> {
+        self.iter()
+    }
+}
+
+fn shut_down() -> Error {
+    Error::new(ErrorKind::Shutdown, "the client is closed")
+}
