@@ -31,8 +31,6 @@ struct State {
     /// had arrived by then were read, and that the client is still there.
     asked: u64,
     answered: u64,
-    /// Whether this connection is part of `Stats::live`.
-    counted: bool,
     ended: bool,
 }
 
@@ -52,7 +50,6 @@ impl Handle {
             upgraded: false,
             asked: 0,
             answered: 0,
-            counted: true,
             ended: false,
         };
         Handle { id, watch, state: Mutex::new(state), changed: Condvar::new() }
@@ -121,11 +118,6 @@ impl Handle {
 
     pub(super) fn has_ended(&self) -> bool {
         self.lock().ended
-    }
-
-    /// Takes the connection off the count; says whether it was on it.
-    pub(super) fn discount(&self) -> bool {
-        std::mem::take(&mut self.lock().counted)
     }
 }
 

@@ -1,6 +1,7 @@
 //! What a server saw: counters, upgrade requests and the frames of clients,
 //! kept under one lock whose every change wakes those who wait for it.
 
+use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -133,6 +134,8 @@ pub struct Record {
     /// What clients did that RFC 6455 forbids: `connection 0: a frame without
     /// a mask`.
     pub violations: Vec<String>,
+    /// The connections that `stats.live` counts.
+    open: BTreeSet<usize>,
 }
 
 impl Record {
@@ -168,6 +171,30 @@ impl Ledger {
         let result = change(&mut self.lock());
         self.changed.notify_all();
         result
+    }
+
+    /// The number of a connection just accepted.
+    pub(super) fn accept(&self) -> usize {
+        self.change(|record| {
+            record.stats.accepted += 1;
+            record.stats.accepted as usize - 1
+        })
+    }
+
+    pub(super) fn opened(&self, connection: usize) {
+        self.change(|record| {
+            record.open.insert(connection);
+            record.stats.live = record.open.len();
+            record.stats.max_live = record.stats.max_live.max(record.stats.live);
+        });
+    }
+
+    /// Told by the connection's own thread, and by whoever notices first.
+    pub(super) fn closed(&self, connection: usize) {
+        self.change(|record| {
+            record.open.remove(&connection);
+            record.stats.live = record.open.len();
+        });
     }
 
     pub(super) fn receive(&self, connection: usize, payload: &Payload) {

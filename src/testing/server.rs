@@ -252,7 +252,8 @@ impl Server {
     }
 
     /// Waits until the condition holds, looking at each change; `false` when
-    /// the time is up first.
+    /// the time is up first. The record is locked meanwhile: a condition that
+    /// asks the server itself would wait for ever.
     pub fn wait_for(&self, met: impl FnMut(&Record) -> bool, limit: Duration) -> bool {
         self.shared.ledger.wait_for(met, limit)
     }

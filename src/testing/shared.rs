@@ -56,18 +56,12 @@ impl Shared {
     pub(super) fn admit(self: &Arc<Self>, tcp: TcpStream) -> io::Result<()> {
         self.reap();
         self.call_roll();
-        let id = self.ledger.change(|record| {
-            record.stats.accepted += 1;
-            record.stats.accepted as usize - 1
-        });
+        let id = self.ledger.accept();
         let peer = Peer::new(id, tcp, self)?;
         let handle = Arc::clone(peer.handle());
         // Listed before it is counted: whoever sees the count can cut it.
         self.connections().push(Connection { handle: Arc::clone(&handle), thread: None });
-        self.ledger.change(|record| {
-            record.stats.live += 1;
-            record.stats.max_live = record.stats.max_live.max(record.stats.live);
-        });
+        self.ledger.opened(id);
         let thread = Some(self.spawn(peer, Arc::clone(&handle))?);
         let mut connections = self.connections();
         if let Some(entry) = connections.iter_mut().rfind(|entry| entry.handle.id == id) {
@@ -95,19 +89,13 @@ impl Shared {
         for handle in &handles {
             match handle.presence() {
                 Presence::Here => {}
-                Presence::Gone => self.discount(handle),
+                Presence::Gone => self.ledger.closed(handle.id),
                 Presence::Unsure => unsure.push(handle),
             }
         }
         unsure.iter().for_each(|handle| handle.call_roll());
         let deadline = now() + ROLL_CALL;
         unsure.iter().for_each(|handle| handle.wait_answered(deadline));
-    }
-
-    fn discount(&self, handle: &Handle) {
-        if handle.discount() {
-            self.ledger.change(|record| record.stats.live -= 1);
-        }
     }
 
     /// RST on all connections; says whether all threads have ended in time.
@@ -144,7 +132,7 @@ impl Drop for Leaving {
         // In this order: whoever sees the count finds no descriptor, and
         // whoever waited for the end finds the count.
         self.handle.close_waker();
-        self.shared.discount(&self.handle);
+        self.shared.ledger.closed(self.handle.id);
         self.handle.ended();
     }
 }
