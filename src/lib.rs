@@ -1,4 +1,4 @@
-//! WebSocket connections that stay up, for threads.
+#![doc = include_str!("../README.md")]
 
 mod client;
 mod config;
@@ -7,6 +7,7 @@ mod event;
 mod handler;
 mod io;
 mod logic;
+pub mod manual;
 mod message;
 mod metrics;
 mod sender;
