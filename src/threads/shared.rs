@@ -125,6 +125,13 @@ impl States {
         self.changed.notify_all();
     }
 
+    /// Has everybody who waits look again: something beside the states changed.
+    pub(crate) fn look_again(&self) {
+        // With the lock, nobody is between a look and the wait.
+        drop(self.lock());
+        self.changed.notify_all();
+    }
+
     /// Waits until `reached` says so, or `until`; returns what it said last.
     pub(crate) fn wait(
         &self,
