@@ -240,8 +240,7 @@ impl Client {
     /// one of the client's own threads (in a hook) it begins the close and
     /// returns at once.
     pub fn close(&self, deadline: Duration) -> Report {
-        let now = self.shared.clock.now();
-        let at = now.checked_add(deadline).unwrap_or_else(|| now + Duration::from_secs(86_400));
+        let at = self.shared.clock.after(deadline);
         self.shared.connections.iter().for_each(|peer| peer.inbox.refuse());
         // The monitor ends a little earlier, so that its verdict is in the report.
         let margin = (deadline / 10).min(Duration::from_millis(20));

@@ -166,7 +166,7 @@ impl<'c> Epoch<'c> {
         // Kept for `on_open` only.
         self.upgraded.headers = Vec::new();
         if let Some(interval) = guest.heartbeat_interval() {
-            self.beat = Some((interval, self.now() + interval));
+            self.beat = Some((interval, self.connection.shared.clock.after(interval)));
         }
         if !held {
             self.ready();
@@ -489,7 +489,7 @@ impl<'c> Epoch<'c> {
         if now < due || self.opening.is_some() || self.leaving != Leaving::No {
             return Ok(());
         }
-        self.beat = Some((interval, now + interval));
+        self.beat = Some((interval, self.connection.shared.clock.after(interval)));
         let policy = self.connection.shared.policy.clone();
         let mut gather =
             gather(&policy.ids, self.connection.index, self.number, self.sequence, now);

@@ -139,7 +139,7 @@ impl Connection {
     /// One epoch, from its request to the loss of its socket.
     fn attempt(&mut self) -> EpochEnd {
         let policy = self.shared.policy.dial.clone();
-        let deadline = self.shared.clock.now() + policy.connect_timeout;
+        let deadline = self.shared.clock.after(policy.connect_timeout);
         let epoch = self.peer().metrics.attempt();
         self.step(Input::Start, &format!("attempt {}", self.machine.failures() + 1));
         let request = match self.request(epoch) {
@@ -224,7 +224,7 @@ impl Connection {
 
     /// Waits before the next attempt; a close ends the wait.
     fn back_off(&mut self, delay: Duration) {
-        let until = self.shared.clock.now() + delay;
+        let until = self.shared.clock.after(delay);
         while self.closing.is_none() && self.shared.clock.now() < until {
             self.offer_held();
             if self.park(until, &mut |_| {}).is_err() {
