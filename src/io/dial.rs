@@ -80,18 +80,21 @@ pub(crate) fn dial(
     super::upgrade::check(request)?;
     let mut target = origin.clone();
     let mut redirects = 0;
+    let mut home = true;
     loop {
         let mut dial = Dial { driver, policy, deadline, target: &target };
         let addrs = dial.resolve()?;
         let (socket, peer) = dial.connect(&addrs)?;
         let mut stream = dial.secure(socket, peer)?;
-        let upgrade = Upgrade::new(&target, request, target.same_origin(&origin));
+        let upgrade = Upgrade::new(&target, request, home);
         match dial.upgrade(&mut stream, upgrade, peer)? {
             Answer::Upgraded(upgraded) => return Ok(Dialed { stream, upgraded, peer }),
             Answer::Redirect(location) => {
                 stream.socket_mut().release(driver.poller());
                 redirects += 1;
                 target = follow(&target, &location, redirects, policy.redirect_limit)?;
+                // Another origin has no say in where credentials go: not even back.
+                home &= target.same_origin(&origin);
             }
         }
     }
