@@ -151,7 +151,7 @@ impl<D: Driver> Dial<'_, D> {
                 return Err(race.lost(self.target).into());
             }
             if now >= self.deadline {
-                return Err(self.timed_out(Step::Tcp, &list(addrs)).into());
+                return Err(self.timed_out(Step::Tcp, &race.story(addrs)).into());
             }
             let until = race.next_start.map_or(self.deadline, |start| start.min(self.deadline));
             self.driver.park(until, &mut |_| {})?;
@@ -317,10 +317,19 @@ impl Race {
     }
 
     fn lost(self, target: &Target) -> Error {
-        let causes: Vec<String> =
-            self.failed.iter().map(|(addr, error)| format!("{addr} ({error})")).collect();
-        let phrase = format!("no address of {} accepts: {}", target.host, causes.join(", "));
+        let addrs: Vec<SocketAddr> = self.failed.iter().map(|(addr, _)| *addr).collect();
+        let phrase = format!("no address of {} accepts: {}", target.host, self.story(&addrs));
         Error::new(ErrorKind::Connect, phrase)
+    }
+
+    /// Each of these addresses, with the cause if it failed.
+    fn story(&self, addrs: &[SocketAddr]) -> String {
+        let cause = |addr| self.failed.iter().find(|(failed, _)| failed == addr);
+        let told = addrs.iter().map(|addr| match cause(addr) {
+            Some((_, error)) => format!("{addr} ({error})"),
+            None => addr.to_string(),
+        });
+        told.collect::<Vec<_>>().join(", ")
     }
 }
 
@@ -336,10 +345,6 @@ fn interleaved(addrs: Vec<SocketAddr>) -> Vec<SocketAddr> {
         mixed.extend(b.pop_front());
     }
     mixed
-}
-
-fn list(addrs: &[SocketAddr]) -> String {
-    addrs.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]
