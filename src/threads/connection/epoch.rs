@@ -49,6 +49,8 @@ pub(super) struct Epoch<'c> {
     live: Liveness,
     /// Sequence of the last message.
     sequence: u64,
+    /// The last message before this epoch, for the session.
+    resume: Option<Resume>,
     /// The session must be ready by then; `None` once it is.
     opening: Option<Instant>,
     /// Messages of the session, which go before those of the outbox.
@@ -95,6 +97,7 @@ impl<'c> Epoch<'c> {
         let behind = rest.len() as u64;
         let ws = Websocket::new(dialed.stream, rest, shared.policy.limits);
         let (received, sent) = ws.socket().traffic();
+        let resume = connection.resume.clone();
         Self {
             connection,
             number,
@@ -102,6 +105,7 @@ impl<'c> Epoch<'c> {
             upgraded: dialed.upgraded,
             live,
             sequence: 0,
+            resume,
             opening: Some(deadline),
             backlog: VecDeque::new(),
             // The first frames may have come with the upgrade's answer.
@@ -152,12 +156,11 @@ impl<'c> Epoch<'c> {
             Ok(guest) => guest,
             Err(failure) => return Err(self.fail(failure)),
         };
-        let resume = self.connection.resume.clone();
         let mut gather =
             gather(&policy.ids, self.connection.index, self.number, self.sequence, self.now());
         let outcome = guest.on_open(
             origin(self.connection.index, self.number, &self.upgraded),
-            resume.as_ref(),
+            self.resume.as_ref(),
             &mut gather,
         );
         self.hand_over(gather, 0)?;
@@ -282,7 +285,7 @@ impl<'c> Epoch<'c> {
         };
         let before = gather.sequence;
         let origin = origin(self.connection.index, self.number, &self.upgraded);
-        let outcome = guest.on_message(data, origin, self.connection.resume.as_ref(), gather);
+        let outcome = guest.on_message(data, origin, self.resume.as_ref(), gather);
         *skipped += u64::from(gather.sequence == before);
         self.carry_out(outcome)
     }
@@ -494,7 +497,7 @@ impl<'c> Epoch<'c> {
         let mut gather =
             gather(&policy.ids, self.connection.index, self.number, self.sequence, now);
         let origin = origin(self.connection.index, self.number, &self.upgraded);
-        let outcome = guest.on_heartbeat(origin, &mut gather);
+        let outcome = guest.on_heartbeat(origin, self.resume.as_ref(), &mut gather);
         self.hand_over(gather, 0)?;
         self.carry_out(outcome)?;
         self.write(now)

@@ -80,8 +80,13 @@ impl Guest {
         })
     }
 
-    pub(super) fn on_heartbeat(&mut self, origin: Origin<'_>, sink: &mut dyn Sink) -> Outcome {
-        self.call("Session::on_heartbeat", origin, None, sink, |session, link| {
+    pub(super) fn on_heartbeat(
+        &mut self,
+        origin: Origin<'_>,
+        resume: Option<&Resume>,
+        sink: &mut dyn Sink,
+    ) -> Outcome {
+        self.call("Session::on_heartbeat", origin, resume, sink, |session, link| {
             session.on_heartbeat(link)
         })
     }
