@@ -316,7 +316,12 @@ fn share(config: Config, spawner: Spawner) -> Shared {
     let queue = Queue::new(config.queue, config.dedup, inboxes.clone());
     let peers = config.endpoints.into_iter().zip(inboxes);
     let connections: Vec<Peer> = peers
-        .map(|(endpoint, inbox)| Peer { endpoint, inbox, metrics: ConnectionMetrics::default() })
+        .map(|(endpoint, inbox)| Peer {
+            endpoint,
+            inbox,
+            metrics: ConnectionMetrics::default(),
+            resume: Mutex::default(),
+        })
         .collect();
     Shared {
         clock: Clock::real(),

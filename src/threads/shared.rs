@@ -14,7 +14,7 @@ use super::queue::Queue;
 use super::timer::Timer;
 use crate::error::{BoxError, Error};
 use crate::event::{Event, EventKind, State};
-use crate::handler::{Attempt, Outgoing, Request};
+use crate::handler::{Attempt, Outgoing, Request, Resume};
 use crate::io::clock::Clock;
 use crate::metrics::{ConnectionMetrics, Counter, Snapshot};
 
@@ -60,6 +60,8 @@ pub(crate) struct Peer {
     pub(crate) endpoint: Endpoint,
     pub(crate) inbox: Arc<Inbox>,
     pub(crate) metrics: ConnectionMetrics,
+    /// The last message that an earlier thread received, for the next one's sessions.
+    pub(crate) resume: Mutex<Option<Resume>>,
 }
 
 /// The connections' states, and a way to wait for one.
@@ -103,6 +105,12 @@ impl Shared {
                 .map(|(peer, state)| peer.metrics.snapshot(state, now))
                 .collect(),
         }
+    }
+}
+
+impl Peer {
+    pub(crate) fn last_message(&self) -> MutexGuard<'_, Option<Resume>> {
+        self.resume.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

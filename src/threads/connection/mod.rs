@@ -105,13 +105,14 @@ impl Connection {
         })?;
         shared.connections[index].inbox.attach(poller.waker());
         let machine = Machine::new(shared.policy.retry.clone());
+        let resume = shared.connections[index].last_message().take();
         Ok(Self {
             shared,
             index,
             poller,
             machine,
             held: None,
-            resume: None,
+            resume,
             armed: None,
             lookup: None,
             lookups: 0,
@@ -396,9 +397,11 @@ impl Driver for Connection {
 
 impl Drop for Connection {
     /// Whatever ended the thread, a panic included: what it held is handed
-    /// over, and a look-up that still runs is left to the monitor.
+    /// over, where it was goes to its successor, and a look-up that still runs
+    /// is left to the monitor.
     fn drop(&mut self) {
         self.release_held();
+        *self.peer().last_message() = self.resume.take();
         if let Some(lookup) = self.lookup.take() {
             let name = format!("broadsock-dns-{}", self.index);
             let notice = Notice::Adopt { name, handle: lookup.handle };
