@@ -139,23 +139,31 @@ impl<'c> Epoch<'c> {
     }
 
     fn serve(&mut self) -> EpochEnd {
-        match self.guest() {
-            Ok(mut guest) => loop {
-                if let Err(end) = self.turn(&mut guest) {
-                    return end;
-                }
-            },
-            Err(end) => end,
-        }
-    }
-
-    /// Makes the session and lets it open.
-    fn guest(&mut self) -> Result<Guest, EpochEnd> {
         let policy = self.connection.shared.policy.clone();
         let mut guest = match Guest::new(policy.session.as_ref()) {
             Ok(guest) => guest,
-            Err(failure) => return Err(self.fail(failure)),
+            Err(failure) => return self.fail(failure),
         };
+        let end = self.host(&mut guest);
+        if let Err(panic) = guest.dismiss() {
+            self.connection.report_panic("Session's drop", &panic);
+        }
+        end
+    }
+
+    fn host(&mut self, guest: &mut Guest) -> EpochEnd {
+        let mut going = self.open(guest);
+        loop {
+            match going {
+                Ok(()) => going = self.turn(guest),
+                Err(end) => return end,
+            }
+        }
+    }
+
+    /// Lets the session open.
+    fn open(&mut self, guest: &mut Guest) -> Result<(), EpochEnd> {
+        let policy = self.connection.shared.policy.clone();
         let mut gather =
             gather(&policy.ids, self.connection.index, self.number, self.sequence, self.now());
         let outcome = guest.on_open(
@@ -168,13 +176,14 @@ impl<'c> Epoch<'c> {
         self.carry_out(outcome)?;
         // Kept for `on_open` only.
         self.upgraded.headers = Vec::new();
-        if let Some(interval) = guest.heartbeat_interval() {
+        let interval = guest.heartbeat_interval().map_err(|failure| self.fail(failure))?;
+        if let Some(interval) = interval {
             self.beat = Some((interval, self.connection.shared.clock.after(interval)));
         }
         if !held {
             self.ready();
         }
-        Ok(guest)
+        Ok(())
     }
 
     fn turn(&mut self, guest: &mut Guest) -> Result<(), EpochEnd> {
