@@ -240,8 +240,7 @@ impl Client {
     /// one of the client's own threads (in a hook) it begins the close and
     /// returns at once.
     pub fn close(&self, deadline: Duration) -> Report {
-        let now = self.shared.clock.now();
-        let at = now.checked_add(deadline).unwrap_or_else(|| now + Duration::from_secs(86_400));
+        let at = self.shared.clock.after(deadline);
         self.shared.connections.iter().for_each(|peer| peer.inbox.refuse());
         // The monitor ends a little earlier, so that its verdict is in the report.
         let margin = (deadline / 10).min(Duration::from_millis(20));
@@ -317,7 +316,12 @@ fn share(config: Config, spawner: Spawner) -> Shared {
     let queue = Queue::new(config.queue, config.dedup, inboxes.clone());
     let peers = config.endpoints.into_iter().zip(inboxes);
     let connections: Vec<Peer> = peers
-        .map(|(endpoint, inbox)| Peer { endpoint, inbox, metrics: ConnectionMetrics::default() })
+        .map(|(endpoint, inbox)| Peer {
+            endpoint,
+            inbox,
+            metrics: ConnectionMetrics::default(),
+            resume: Mutex::default(),
+        })
         .collect();
     Shared {
         clock: Clock::real(),

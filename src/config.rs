@@ -462,6 +462,10 @@ impl ClientBuilder {
                 return Err(Error::setting(name, format!("must be at least {least}")));
             }
         }
+        if self.limits.read_buffer > 1 << 30 {
+            // Taken at once, for each socket.
+            return Err(Error::setting("read_buffer_size", "must be at most 1 GiB"));
+        }
         if self.queue > 1 << 24 {
             // A slot is taken in memory for each.
             return Err(Error::setting("queue", "must be at most 16,777,216 messages"));

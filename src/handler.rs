@@ -411,10 +411,19 @@ impl fmt::Debug for Request {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names: Vec<&str> = self.headers.iter().map(|(name, _)| name.as_str()).collect();
         f.debug_struct("Request")
-            .field("url", &self.url.split(['?', '#']).next().unwrap_or_default())
+            .field("url", &without_secrets(&self.url))
             .field("headers", &names)
             .field("subprotocols", &self.subprotocols)
             .finish()
+    }
+}
+
+/// A URL without query, fragment and user name.
+fn without_secrets(url: &str) -> String {
+    let plain = url.split(['?', '#']).next().unwrap_or_default();
+    match plain.rsplit_once('@') {
+        Some((_, host)) => format!("...@{host}"),
+        None => plain.to_owned(),
     }
 }
 
@@ -439,6 +448,7 @@ mod tests {
         let request = Request::new("wss://host/path?token=hush").header("Authorization", "hush");
         let shown = format!("{request:?} {:?}", Outgoing::from("hush"));
         assert!(!shown.contains("hush"), "{shown}");
+        assert!(!format!("{:?}", Request::new("ws://me:hush@h/")).contains("hush"));
         assert!(shown.contains("wss://host/path") && shown.contains("Authorization"));
     }
 }

@@ -80,18 +80,21 @@ pub(crate) fn dial(
     super::upgrade::check(request)?;
     let mut target = origin.clone();
     let mut redirects = 0;
+    let mut home = true;
     loop {
         let mut dial = Dial { driver, policy, deadline, target: &target };
         let addrs = dial.resolve()?;
         let (socket, peer) = dial.connect(&addrs)?;
         let mut stream = dial.secure(socket, peer)?;
-        let upgrade = Upgrade::new(&target, request, target.same_origin(&origin));
+        let upgrade = Upgrade::new(&target, request, home);
         match dial.upgrade(&mut stream, upgrade, peer)? {
             Answer::Upgraded(upgraded) => return Ok(Dialed { stream, upgraded, peer }),
             Answer::Redirect(location) => {
                 stream.socket_mut().release(driver.poller());
                 redirects += 1;
                 target = follow(&target, &location, redirects, policy.redirect_limit)?;
+                // Another origin has no say in where credentials go: not even back.
+                home &= target.same_origin(&origin);
             }
         }
     }
@@ -148,7 +151,7 @@ impl<D: Driver> Dial<'_, D> {
                 return Err(race.lost(self.target).into());
             }
             if now >= self.deadline {
-                return Err(self.timed_out(Step::Tcp, &list(addrs)).into());
+                return Err(self.timed_out(Step::Tcp, &race.story(addrs)).into());
             }
             let until = race.next_start.map_or(self.deadline, |start| start.min(self.deadline));
             self.driver.park(until, &mut |_| {})?;
@@ -314,10 +317,19 @@ impl Race {
     }
 
     fn lost(self, target: &Target) -> Error {
-        let causes: Vec<String> =
-            self.failed.iter().map(|(addr, error)| format!("{addr} ({error})")).collect();
-        let phrase = format!("no address of {} accepts: {}", target.host, causes.join(", "));
+        let addrs: Vec<SocketAddr> = self.failed.iter().map(|(addr, _)| *addr).collect();
+        let phrase = format!("no address of {} accepts: {}", target.host, self.story(&addrs));
         Error::new(ErrorKind::Connect, phrase)
+    }
+
+    /// Each of these addresses, with the cause if it failed.
+    fn story(&self, addrs: &[SocketAddr]) -> String {
+        let cause = |addr| self.failed.iter().find(|(failed, _)| failed == addr);
+        let told = addrs.iter().map(|addr| match cause(addr) {
+            Some((_, error)) => format!("{addr} ({error})"),
+            None => addr.to_string(),
+        });
+        told.collect::<Vec<_>>().join(", ")
     }
 }
 
@@ -333,10 +345,6 @@ fn interleaved(addrs: Vec<SocketAddr>) -> Vec<SocketAddr> {
         mixed.extend(b.pop_front());
     }
     mixed
-}
-
-fn list(addrs: &[SocketAddr]) -> String {
-    addrs.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]

@@ -259,6 +259,8 @@ impl Monitor {
     fn fail(&mut self, index: usize, error: Error, reason: String) {
         if self.shared.ending().error.is_none() {
             self.shared.ending().error = Some(error.clone());
+            // The connection's state is final already: waiting for it would not tell.
+            self.shared.states.look_again();
             let epoch = self.shared.connections[index].metrics.epoch();
             self.shared.emit(index, epoch, EventKind::Failed { error, reason });
         }

@@ -14,7 +14,7 @@ use super::queue::Queue;
 use super::timer::Timer;
 use crate::error::{BoxError, Error};
 use crate::event::{Event, EventKind, State};
-use crate::handler::{Attempt, Outgoing, Request};
+use crate::handler::{Attempt, Outgoing, Request, Resume};
 use crate::io::clock::Clock;
 use crate::metrics::{ConnectionMetrics, Counter, Snapshot};
 
@@ -60,6 +60,8 @@ pub(crate) struct Peer {
     pub(crate) endpoint: Endpoint,
     pub(crate) inbox: Arc<Inbox>,
     pub(crate) metrics: ConnectionMetrics,
+    /// The last message that an earlier thread received, for the next one's sessions.
+    pub(crate) resume: Mutex<Option<Resume>>,
 }
 
 /// The connections' states, and a way to wait for one.
@@ -106,6 +108,12 @@ impl Shared {
     }
 }
 
+impl Peer {
+    pub(crate) fn last_message(&self) -> MutexGuard<'_, Option<Resume>> {
+        self.resume.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl States {
     pub(crate) fn new(count: usize) -> Self {
         Self { all: Mutex::new(vec![State::Disconnected; count]), changed: Condvar::new() }
@@ -122,6 +130,13 @@ impl States {
     /// Enters a state. A final one of a client that has ended stays.
     pub(crate) fn set(&self, connection: usize, state: State) {
         self.lock()[connection] = state;
+        self.changed.notify_all();
+    }
+
+    /// Has everybody who waits look again: something beside the states changed.
+    pub(crate) fn look_again(&self) {
+        // With the lock, nobody is between a look and the wait.
+        drop(self.lock());
         self.changed.notify_all();
     }
 

@@ -49,6 +49,8 @@ pub(super) struct Epoch<'c> {
     live: Liveness,
     /// Sequence of the last message.
     sequence: u64,
+    /// The last message before this epoch, for the session.
+    resume: Option<Resume>,
     /// The session must be ready by then; `None` once it is.
     opening: Option<Instant>,
     /// Messages of the session, which go before those of the outbox.
@@ -95,6 +97,7 @@ impl<'c> Epoch<'c> {
         let behind = rest.len() as u64;
         let ws = Websocket::new(dialed.stream, rest, shared.policy.limits);
         let (received, sent) = ws.socket().traffic();
+        let resume = connection.resume.clone();
         Self {
             connection,
             number,
@@ -102,6 +105,7 @@ impl<'c> Epoch<'c> {
             upgraded: dialed.upgraded,
             live,
             sequence: 0,
+            resume,
             opening: Some(deadline),
             backlog: VecDeque::new(),
             // The first frames may have come with the upgrade's answer.
@@ -135,29 +139,36 @@ impl<'c> Epoch<'c> {
     }
 
     fn serve(&mut self) -> EpochEnd {
-        match self.guest() {
-            Ok(mut guest) => loop {
-                if let Err(end) = self.turn(&mut guest) {
-                    return end;
-                }
-            },
-            Err(end) => end,
-        }
-    }
-
-    /// Makes the session and lets it open.
-    fn guest(&mut self) -> Result<Guest, EpochEnd> {
         let policy = self.connection.shared.policy.clone();
         let mut guest = match Guest::new(policy.session.as_ref()) {
             Ok(guest) => guest,
-            Err(failure) => return Err(self.fail(failure)),
+            Err(failure) => return self.fail(failure),
         };
-        let resume = self.connection.resume.clone();
+        let end = self.host(&mut guest);
+        if let Err(panic) = guest.dismiss() {
+            self.connection.report_panic("Session's drop", &panic);
+        }
+        end
+    }
+
+    fn host(&mut self, guest: &mut Guest) -> EpochEnd {
+        let mut going = self.open(guest);
+        loop {
+            match going {
+                Ok(()) => going = self.turn(guest),
+                Err(end) => return end,
+            }
+        }
+    }
+
+    /// Lets the session open.
+    fn open(&mut self, guest: &mut Guest) -> Result<(), EpochEnd> {
+        let policy = self.connection.shared.policy.clone();
         let mut gather =
             gather(&policy.ids, self.connection.index, self.number, self.sequence, self.now());
         let outcome = guest.on_open(
             origin(self.connection.index, self.number, &self.upgraded),
-            resume.as_ref(),
+            self.resume.as_ref(),
             &mut gather,
         );
         self.hand_over(gather, 0)?;
@@ -165,13 +176,14 @@ impl<'c> Epoch<'c> {
         self.carry_out(outcome)?;
         // Kept for `on_open` only.
         self.upgraded.headers = Vec::new();
-        if let Some(interval) = guest.heartbeat_interval() {
-            self.beat = Some((interval, self.now() + interval));
+        let interval = guest.heartbeat_interval().map_err(|failure| self.fail(failure))?;
+        if let Some(interval) = interval {
+            self.beat = Some((interval, self.connection.shared.clock.after(interval)));
         }
         if !held {
             self.ready();
         }
-        Ok(guest)
+        Ok(())
     }
 
     fn turn(&mut self, guest: &mut Guest) -> Result<(), EpochEnd> {
@@ -282,7 +294,7 @@ impl<'c> Epoch<'c> {
         };
         let before = gather.sequence;
         let origin = origin(self.connection.index, self.number, &self.upgraded);
-        let outcome = guest.on_message(data, origin, self.connection.resume.as_ref(), gather);
+        let outcome = guest.on_message(data, origin, self.resume.as_ref(), gather);
         *skipped += u64::from(gather.sequence == before);
         self.carry_out(outcome)
     }
@@ -489,12 +501,12 @@ impl<'c> Epoch<'c> {
         if now < due || self.opening.is_some() || self.leaving != Leaving::No {
             return Ok(());
         }
-        self.beat = Some((interval, now + interval));
+        self.beat = Some((interval, self.connection.shared.clock.after(interval)));
         let policy = self.connection.shared.policy.clone();
         let mut gather =
             gather(&policy.ids, self.connection.index, self.number, self.sequence, now);
         let origin = origin(self.connection.index, self.number, &self.upgraded);
-        let outcome = guest.on_heartbeat(origin, &mut gather);
+        let outcome = guest.on_heartbeat(origin, self.resume.as_ref(), &mut gather);
         self.hand_over(gather, 0)?;
         self.carry_out(outcome)?;
         self.write(now)

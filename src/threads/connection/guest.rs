@@ -54,9 +54,17 @@ impl Guest {
         self.session.is_none()
     }
 
-    pub(super) fn heartbeat_interval(&self) -> Option<Duration> {
-        let session = self.session.as_ref()?;
-        contained(|| session.heartbeat_interval()).ok().flatten().filter(|d| !d.is_zero())
+    pub(super) fn heartbeat_interval(&self) -> Result<Option<Duration>, Failure> {
+        let Some(session) = &self.session else { return Ok(None) };
+        match contained(|| session.heartbeat_interval()) {
+            Ok(interval) => Ok(interval.filter(|interval| !interval.is_zero())),
+            Err(message) => Err(panicked("Session::heartbeat_interval", message)),
+        }
+    }
+
+    /// Drops the session, which is user code too; a panic comes back.
+    pub(super) fn dismiss(self) -> Result<(), String> {
+        contained(|| drop(self.session))
     }
 
     pub(super) fn on_open(
@@ -80,8 +88,13 @@ impl Guest {
         })
     }
 
-    pub(super) fn on_heartbeat(&mut self, origin: Origin<'_>, sink: &mut dyn Sink) -> Outcome {
-        self.call("Session::on_heartbeat", origin, None, sink, |session, link| {
+    pub(super) fn on_heartbeat(
+        &mut self,
+        origin: Origin<'_>,
+        resume: Option<&Resume>,
+        sink: &mut dyn Sink,
+    ) -> Outcome {
+        self.call("Session::on_heartbeat", origin, resume, sink, |session, link| {
             session.on_heartbeat(link)
         })
     }

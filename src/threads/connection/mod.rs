@@ -105,13 +105,14 @@ impl Connection {
         })?;
         shared.connections[index].inbox.attach(poller.waker());
         let machine = Machine::new(shared.policy.retry.clone());
+        let resume = shared.connections[index].last_message().take();
         Ok(Self {
             shared,
             index,
             poller,
             machine,
             held: None,
-            resume: None,
+            resume,
             armed: None,
             lookup: None,
             lookups: 0,
@@ -139,7 +140,7 @@ impl Connection {
     /// One epoch, from its request to the loss of its socket.
     fn attempt(&mut self) -> EpochEnd {
         let policy = self.shared.policy.dial.clone();
-        let deadline = self.shared.clock.now() + policy.connect_timeout;
+        let deadline = self.shared.clock.after(policy.connect_timeout);
         let epoch = self.peer().metrics.attempt();
         self.step(Input::Start, &format!("attempt {}", self.machine.failures() + 1));
         let request = match self.request(epoch) {
@@ -224,7 +225,7 @@ impl Connection {
 
     /// Waits before the next attempt; a close ends the wait.
     fn back_off(&mut self, delay: Duration) {
-        let until = self.shared.clock.now() + delay;
+        let until = self.shared.clock.after(delay);
         while self.closing.is_none() && self.shared.clock.now() < until {
             self.offer_held();
             if self.park(until, &mut |_| {}).is_err() {
@@ -396,9 +397,11 @@ impl Driver for Connection {
 
 impl Drop for Connection {
     /// Whatever ended the thread, a panic included: what it held is handed
-    /// over, and a look-up that still runs is left to the monitor.
+    /// over, where it was goes to its successor, and a look-up that still runs
+    /// is left to the monitor.
     fn drop(&mut self) {
         self.release_held();
+        *self.peer().last_message() = self.resume.take();
         if let Some(lookup) = self.lookup.take() {
             let name = format!("broadsock-dns-{}", self.index);
             let notice = Notice::Adopt { name, handle: lookup.handle };
