@@ -4,6 +4,7 @@
 //! randomness or a logger; chance comes in as a number in `[0, 1)`.
 
 pub(crate) mod backoff;
+pub(crate) mod batch;
 pub(crate) mod connection;
 pub(crate) mod dedup;
 pub(crate) mod heartbeat;
@@ -11,6 +12,7 @@ pub(crate) mod identity;
 pub(crate) mod ledger;
 pub(crate) mod overflow;
 pub(crate) mod pointer;
+pub(crate) mod rate;
 pub(crate) mod recovery;
 pub(crate) mod restart;
 
