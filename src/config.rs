@@ -72,7 +72,7 @@ pub struct ClientBuilder {
     while_down: WhileDown,
     session: Option<SessionFactory>,
     classifier: Option<Classifier>,
-    observer: Option<Observer>,
+    observer: Option<Observer<Event>>,
     resolver: Resolver,
     close_timeout: Duration,
     intensity: Intensity,
@@ -123,7 +123,7 @@ pub(crate) struct Config {
     pub(crate) dedup: Option<dedup::Dedup>,
     pub(crate) outbox: usize,
     pub(crate) while_down: WhileDown,
-    pub(crate) observer: Option<Observer>,
+    pub(crate) observer: Option<Observer<Event>>,
     pub(crate) intensity: Intensity,
 }
 

@@ -10,6 +10,11 @@ use super::contained;
 use crate::event::{Event, EventKind};
 use crate::metrics::Counter;
 
+/// What can be told: it has a log line and a level.
+pub(crate) trait Told: Clone + fmt::Display + Send {
+    fn level(&self) -> log::Level;
+}
+
 /// A new subscriber first gets this many of the latest events.
 const RECENT: usize = 256;
 
@@ -17,30 +22,31 @@ const RECENT: usize = 256;
 const WAITING: usize = 1024;
 
 /// The user's function that hears of every event, on the thread it happens on.
-pub(crate) type Observer = Arc<dyn Fn(&Event) + Send + Sync>;
+pub(crate) type Observer<E> = Arc<dyn Fn(&E) + Send + Sync>;
 
 /// Tells what happens.
-pub(crate) struct Hub {
-    observer: Option<Observer>,
-    subscribers: Mutex<Subscribers>,
+pub(crate) struct Hub<E> {
+    observer: Option<Observer<E>>,
+    subscribers: Mutex<Subscribers<E>>,
     /// Events that some subscriber had no room for.
     pub(crate) lost: Counter,
 }
 
-#[derive(Default)]
-struct Subscribers {
-    recent: VecDeque<Event>,
-    channels: Vec<Sender<Event>>,
+struct Subscribers<E> {
+    recent: VecDeque<E>,
+    channels: Vec<Sender<E>>,
     closed: bool,
 }
 
-impl Hub {
-    pub(crate) fn new(observer: Option<Observer>) -> Self {
-        Self { observer, subscribers: Mutex::default(), lost: Counter::default() }
+impl<E: Told> Hub<E> {
+    pub(crate) fn new(observer: Option<Observer<E>>) -> Self {
+        let subscribers =
+            Subscribers { recent: VecDeque::new(), channels: Vec::new(), closed: false };
+        Self { observer, subscribers: Mutex::new(subscribers), lost: Counter::default() }
     }
 
-    pub(crate) fn emit(&self, event: Event) {
-        log(&event);
+    pub(crate) fn emit(&self, event: E) {
+        log::log!(event.level(), "{event}");
         if let Some(observer) = &self.observer
             && let Err(panic) = contained(|| observer(&event))
         {
@@ -62,7 +68,7 @@ impl Hub {
     }
 
     /// A channel of the latest events and all that follow.
-    pub(crate) fn subscribe(&self) -> Receiver<Event> {
+    pub(crate) fn subscribe(&self) -> Receiver<E> {
         let (sender, receiver) = bounded(WAITING);
         let mut subscribers = self.lock();
         for event in &subscribers.recent {
@@ -82,25 +88,26 @@ impl Hub {
         subscribers.channels.clear();
     }
 
-    fn lock(&self) -> MutexGuard<'_, Subscribers> {
+    fn lock(&self) -> MutexGuard<'_, Subscribers<E>> {
         self.subscribers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl fmt::Debug for Hub {
+impl<E> fmt::Debug for Hub<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Hub").finish_non_exhaustive()
     }
 }
 
-fn log(event: &Event) {
-    let level = match event.kind {
-        EventKind::State { .. } | EventKind::Blocked(_) => log::Level::Info,
-        EventKind::Restarting { .. }
-        | EventKind::Failed { .. }
-        | EventKind::Panic { .. }
-        | EventKind::Stuck { .. } => log::Level::Error,
-        _ => log::Level::Warn,
-    };
-    log::log!(level, "{event}");
+impl Told for Event {
+    fn level(&self) -> log::Level {
+        match self.kind {
+            EventKind::State { .. } | EventKind::Blocked(_) => log::Level::Info,
+            EventKind::Restarting { .. }
+            | EventKind::Failed { .. }
+            | EventKind::Panic { .. }
+            | EventKind::Stuck { .. } => log::Level::Error,
+            _ => log::Level::Warn,
+        }
+    }
 }

@@ -37,7 +37,7 @@ pub(crate) struct Shared {
     pub(crate) clock: Clock,
     pub(crate) policy: ConnectionPolicy,
     pub(crate) queue: Queue,
-    pub(crate) hub: Hub,
+    pub(crate) hub: Hub<Event>,
     pub(crate) timer: Timer,
     pub(crate) spawner: Spawner,
     pub(crate) connections: Vec<Peer>,
