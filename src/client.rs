@@ -111,6 +111,12 @@ impl Client {
         })
     }
 
+    /// Waits until there may be a message, or `stop` disconnects; `false` when
+    /// there will be none.
+    pub(crate) fn wait_ready(&self, stop: &Receiver<()>) -> bool {
+        self.shared.queue.wait_ready(stop)
+    }
+
     /// A blocking iterator over the messages.
     #[must_use]
     pub fn iter(&self) -> Messages<'_> {

@@ -96,6 +96,8 @@ pub enum ErrorKind {
     Spawn,
     /// A thread of this crate panicked.
     Panicked,
+    /// A pipeline's handler failed.
+    Handler,
     /// There was no connection within the time that a caller gave.
     NotConnected,
     /// The client or pipeline is closed.

@@ -1,7 +1,7 @@
 //! Counters, and the [`Snapshot`] and [`Report`] that are read from them.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -30,6 +30,44 @@ pub struct Ledger {
     pub delivered: u64,
     /// In the queue, or held by a connection that waits for room in it.
     pub in_flight: u64,
+}
+
+/// Where every message of a pipeline is: each that was accepted is in exactly one
+/// of the other columns.
+///
+/// At every instant `accepted = succeeded + failed + in_flight + returned`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PipelineLedger {
+    /// Taken from the sources.
+    pub accepted: u64,
+    /// Processed to success.
+    pub succeeded: u64,
+    /// Failed for good.
+    pub failed: u64,
+    /// Somewhere between acceptance and settlement.
+    pub in_flight: u64,
+    /// Not settled by the deadline of a stop, and given back in the report.
+    pub returned: u64,
+}
+
+impl PipelineLedger {
+    /// Whether every message is accounted for. `false` is a bug of this crate.
+    #[must_use]
+    pub fn balanced(&self) -> bool {
+        self.accepted == self.succeeded + self.failed + self.in_flight + self.returned
+    }
+
+    pub(crate) fn in_flight_count(&self) -> usize {
+        usize::try_from(self.in_flight).unwrap_or(usize::MAX)
+    }
+}
+
+impl fmt::Display for PipelineLedger {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "accepted={} succeeded={} ", self.accepted, self.succeeded)?;
+        write!(f, "failed={} in_flight={} ", self.failed, self.in_flight)?;
+        write!(f, "returned={}", self.returned)
+    }
 }
 
 /// Why messages were dropped.
@@ -295,5 +333,20 @@ impl Counter {
 
     pub(crate) fn get(&self) -> u64 {
         self.0.load(Relaxed)
+    }
+}
+
+/// A number that grows and shrinks.
+#[derive(Debug, Default)]
+pub(crate) struct Gauge(AtomicI64);
+
+impl Gauge {
+    /// Returns the new value.
+    pub(crate) fn add(&self, count: i64) -> i64 {
+        self.0.fetch_add(count, SeqCst) + count
+    }
+
+    pub(crate) fn get(&self) -> i64 {
+        self.0.load(SeqCst)
     }
 }

@@ -7,8 +7,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Each top-level module of `src/` and its floor.
-const FLOORS: [(&str, u32); 16] = [
+const FLOORS: [(&str, u32); 17] = [
     ("message", 0),
+    ("work", 0),
     ("error", 0),
     ("event", 0),
     ("metrics", 0),
@@ -23,7 +24,7 @@ const FLOORS: [(&str, u32); 16] = [
     ("testing", 4),
     ("manual", 4),
     ("lib", 4),
-    ("exporter", 4),
+    ("sources", 4),
 ];
 
 /// What pure logic must not name.

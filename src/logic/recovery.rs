@@ -44,6 +44,7 @@ pub(crate) fn classify(kind: &ErrorKind) -> Recovery {
         | ErrorKind::Attempts
         | ErrorKind::Spawn
         | ErrorKind::Panicked
+        | ErrorKind::Handler
         | ErrorKind::NotConnected
         | ErrorKind::Shutdown => Recovery::Unrecoverable,
     }
@@ -117,6 +118,7 @@ mod tests {
             ErrorKind::Attempts,
             ErrorKind::Spawn,
             ErrorKind::Panicked,
+            ErrorKind::Handler,
             ErrorKind::NotConnected,
             ErrorKind::Shutdown,
         ] {

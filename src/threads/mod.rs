@@ -4,6 +4,7 @@ pub(crate) mod connection;
 pub(crate) mod events;
 pub(crate) mod inbox;
 pub(crate) mod monitor;
+pub(crate) mod pipeline;
 pub(crate) mod queue;
 pub(crate) mod shared;
 pub(crate) mod timer;
@@ -87,6 +88,21 @@ impl Drop for ExitGuard {
 /// Runs user code; a panic comes back as its message.
 pub(crate) fn contained<T>(run: impl FnOnce() -> T) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(run)).map_err(|payload| panic_text(&*payload))
+}
+
+/// A panic that ends its thread instead of being contained: how tests kill a
+/// worker.
+#[derive(Debug)]
+pub(crate) struct Kill;
+
+/// Runs user code on a supervised worker; a panic comes back as its payload.
+pub(crate) fn contained_user<T>(run: impl FnOnce() -> T) -> std::thread::Result<T> {
+    catch_unwind(AssertUnwindSafe(run)).map_err(|payload| {
+        if payload.is::<Kill>() {
+            std::panic::resume_unwind(payload);
+        }
+        payload
+    })
 }
 
 /// The message of a panic.

@@ -326,6 +326,32 @@ impl Queue {
         }
     }
 
+    /// Waits until there may be a message, or `stop` disconnects; `false` when
+    /// there will be none.
+    pub(crate) fn wait_ready(&self, stop: &Receiver<()>) -> bool {
+        if !self.opened().is_empty() {
+            return true;
+        }
+        self.waiting.fetch_add(1, SeqCst);
+        let ready = self.wait_block(stop);
+        self.waiting.fetch_sub(1, SeqCst);
+        ready
+    }
+
+    fn wait_block(&self, stop: &Receiver<()>) -> bool {
+        select! {
+            recv(self.receiver) -> block => match block {
+                Ok(block) => {
+                    self.open(block);
+                    true
+                }
+                Err(_) => !self.opened().is_empty(),
+            },
+            recv(self.nudge.1) -> _ => true,
+            recv(stop) -> _ => true,
+        }
+    }
+
     /// The next message if there is one; `Timeout` means none yet.
     pub(crate) fn try_recv(&self) -> Result<Message, NoMessage> {
         if let Some(message) = self.next_opened() {

@@ -1,0 +1,173 @@
+//! Sources of a pipeline besides clients: iterators and channels.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, select};
+
+use crate::client::Client;
+use crate::io::clock::Clock;
+use crate::message::{BlockBuilder, Message, Payload};
+use crate::metrics::Report;
+use crate::work::{IntoSource, Pull, Settler, Source, Stop};
+
+/// Any iterator of texts or bytes as a source: the pipeline drains after its
+/// end. It is asked for one item at a time, and should not block for long.
+///
+/// ```
+/// use broadsock::{Pipeline, sources};
+///
+/// let pipeline = Pipeline::each(|message: &broadsock::Message| {
+///     println!("{message}");
+///     Ok::<(), std::convert::Infallible>(())
+/// })
+/// .source(sources::iter(["a", "b"]))
+/// .start()?;
+/// assert_eq!(pipeline.join().ledger.succeeded, 2);
+/// # Ok::<(), broadsock::Error>(())
+/// ```
+pub fn iter<I>(items: I) -> impl Source
+where
+    I: IntoIterator,
+    I::IntoIter: Send + 'static,
+    I::Item: AsRef<[u8]>,
+{
+    Iter { items: items.into_iter(), sequence: 0 }
+}
+
+/// A channel of texts or bytes as a source: the pipeline drains when all its
+/// senders are gone.
+pub fn channel<T: AsRef<[u8]> + Send + 'static>(receiver: Receiver<T>) -> impl Source {
+    Channel { receiver, sequence: 0, closed: false }
+}
+
+struct Iter<I> {
+    items: I,
+    sequence: u64,
+}
+
+impl<I> Source for Iter<I>
+where
+    I: Iterator + Send + 'static,
+    I::Item: AsRef<[u8]>,
+{
+    fn pull(&mut self, most: usize, _: &Stop) -> Pull {
+        let mut gather = Gather::new(&mut self.sequence);
+        for item in self.items.by_ref().take(most) {
+            gather.push(item.as_ref());
+        }
+        match gather.finish() {
+            messages if messages.is_empty() => Pull::Ended,
+            messages => Pull::Messages(messages),
+        }
+    }
+}
+
+struct Channel<T> {
+    receiver: Receiver<T>,
+    sequence: u64,
+    closed: bool,
+}
+
+impl<T: AsRef<[u8]> + Send + 'static> Source for Channel<T> {
+    fn pull(&mut self, most: usize, stop: &Stop) -> Pull {
+        let mut gather = Gather::new(&mut self.sequence);
+        if !self.closed {
+            select! {
+                recv(self.receiver) -> item => match item {
+                    Ok(item) => gather.push(item.as_ref()),
+                    Err(_) => return Pull::Ended,
+                },
+                recv(stop.signal()) -> _ => return Pull::Messages(Vec::new()),
+            }
+        }
+        while gather.len() < most
+            && let Ok(item) = self.receiver.try_recv()
+        {
+            gather.push(item.as_ref());
+        }
+        match gather.finish() {
+            messages if messages.is_empty() && self.closed => Pull::Ended,
+            messages => Pull::Messages(messages),
+        }
+    }
+
+    /// What the channel holds by now is still processed.
+    fn close(&mut self, _: Duration) -> Option<Report> {
+        self.closed = true;
+        None
+    }
+}
+
+/// Makes messages of items that came from no socket.
+struct Gather<'s> {
+    block: BlockBuilder,
+    sequence: &'s mut u64,
+}
+
+impl<'s> Gather<'s> {
+    fn new(sequence: &'s mut u64) -> Self {
+        Self { block: BlockBuilder::new(0, 0, Clock::real().now()), sequence }
+    }
+
+    fn push(&mut self, bytes: &[u8]) {
+        *self.sequence += 1;
+        let payload = std::str::from_utf8(bytes).map_or(Payload::Binary(bytes), Payload::Text);
+        self.block.push(payload, *self.sequence, None);
+    }
+
+    fn len(&self) -> usize {
+        self.block.len()
+    }
+
+    fn finish(self) -> Vec<Message> {
+        self.block.finish().collect()
+    }
+}
+
+/// The pipeline then owns the client, and closes it as it drains.
+impl IntoSource for Client {
+    fn into_source(self) -> Box<dyn Source> {
+        Box::new(Arc::new(self))
+    }
+}
+
+/// A client, kept by its program too: a graceful end closes it and processes
+/// every message that it had accepted; its dedup window learns what succeeded
+/// and what failed.
+impl Source for Arc<Client> {
+    fn pull(&mut self, most: usize, stop: &Stop) -> Pull {
+        let mut messages = Vec::new();
+        if !self.wait_ready(stop.signal()) {
+            return Pull::Ended;
+        }
+        while messages.len() < most {
+            match self.try_recv() {
+                Ok(message) => messages.push(message),
+                Err(_) => break,
+            }
+        }
+        Pull::Messages(messages)
+    }
+
+    fn close(&mut self, deadline: Duration) -> Option<Report> {
+        Some(Client::close(self, deadline))
+    }
+
+    fn settler(&self) -> Option<Arc<dyn Settler>> {
+        let client: Arc<Client> = Arc::clone(self);
+        Some(Arc::new(Settle(client)))
+    }
+}
+
+struct Settle(Arc<Client>);
+
+impl Settler for Settle {
+    fn settled(&self, message: &Message, success: bool) {
+        if success {
+            self.0.complete(message);
+        } else {
+            self.0.forget(message);
+        }
+    }
+}

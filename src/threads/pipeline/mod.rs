@@ -1,0 +1,533 @@
+//! The threads of a pipeline, and what they share.
+//!
+//! ```text
+//!  source ──> lanes ──> processors ──> batcher ──> batch workers ──> settle
+//!  (one for    (one, or   handle_       groups by    handle_batch      ledger, acknowledger,
+//!   each)       one for    message       key, size,                    dedup, room for more
+//!               each                     time
+//!               worker)
+//! ```
+//!
+//! Queues and everything a worker has in hand live in [`Flow`], not on a
+//! thread's stack: a worker that dies takes nothing with it.
+
+pub(crate) mod batcher;
+pub(crate) mod processor;
+pub(crate) mod settle;
+pub(crate) mod source;
+pub(crate) mod stats;
+pub(crate) mod supervisor;
+
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+use super::Spawner;
+use super::events::Hub;
+use super::monitor::Notice;
+use super::timer::{Alarm, Timer};
+use crate::error::Error;
+use crate::io::clock::Clock;
+use crate::logic::backoff::Backoff;
+use crate::logic::rate::Limiter;
+use crate::message::Message;
+use crate::metrics::{Counter, Gauge, PipelineLedger, Report};
+use crate::work::{Acknowledger, Failure, Handler, Settler, Stop, Ticket};
+
+use batcher::Batcher;
+use stats::{Histogram, PipelineEvent, WorkerStats};
+
+/// A user's function that says which partition a message belongs to.
+pub(crate) type Partition = Arc<dyn Fn(&Message) -> u64 + Send + Sync>;
+
+/// What the threads need of a pipeline's settings.
+#[derive(Clone)]
+pub(crate) struct FlowPolicy {
+    pub(crate) max_in_flight: usize,
+    /// Messages a processor takes at once.
+    pub(crate) chunk: usize,
+    pub(crate) partition: Option<Partition>,
+    pub(crate) retry: Retries,
+    /// A handler that runs longer is reported.
+    pub(crate) handler_timeout: Option<Duration>,
+}
+
+/// How often and when a failed message is tried again.
+#[derive(Debug, Clone)]
+pub(crate) struct Retries {
+    /// Tries in all; 1 is no retry.
+    pub(crate) attempts: u32,
+    pub(crate) backoff: Backoff,
+    /// The worker waits with its other messages, so that their order holds.
+    pub(crate) hold: bool,
+}
+
+/// Everything the threads of one pipeline share.
+pub(crate) struct Flow<H: Handler> {
+    pub(crate) clock: Clock,
+    pub(crate) policy: FlowPolicy,
+    pub(crate) handler: H,
+    pub(crate) sources: Vec<SourceSlot>,
+    /// One for all processors, or, with partitions, one for each.
+    pub(crate) lanes: Vec<Lane>,
+    pub(crate) processors: Mutex<Vec<Arc<Slot>>>,
+    pub(crate) batchers: BTreeMap<Arc<str>, Batcher<H::Item>>,
+    pub(crate) limiter: Option<Mutex<Limiter>>,
+    pub(crate) stop: StopSwitch,
+    pub(crate) timer: Timer,
+    pub(crate) spawner: Spawner,
+    pub(crate) hub: Hub<PipelineEvent>,
+    pub(crate) counters: Counters,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// Counted over the whole pipeline.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) retries: Counter,
+    pub(crate) panics: Counter,
+    pub(crate) restarts: Counter,
+    pub(crate) acknowledged: Counter,
+    pub(crate) acknowledge_failures: Counter,
+    pub(crate) latency: Histogram,
+    /// Accepted messages that may still reach a batcher.
+    pub(crate) upstream: Gauge,
+}
+
+/// How far the pipeline is on its way to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Phase {
+    Running,
+    /// Sources take in nothing; what was accepted is processed.
+    Paused,
+    /// Sources are closed; the pipeline ends when all is settled.
+    Draining,
+    /// Threads end as soon as their user code returns.
+    Stopped,
+    /// Nothing is settled any more: what was left has been returned.
+    Ended,
+}
+
+#[derive(Debug)]
+struct State {
+    phase: Phase,
+    ledger: PipelineLedger,
+    /// When each pull happened of which messages are in flight, and how many.
+    pulls: BTreeMap<u64, (Instant, usize)>,
+    next_pull: u64,
+    /// Room that sources have taken for messages they are pulling.
+    reserved: usize,
+    open_sources: usize,
+    /// When work must be over, and by when threads must have ended.
+    deadline: Option<(Instant, Instant)>,
+    ending: Ending,
+}
+
+/// How a pipeline ended.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Ending {
+    pub(crate) error: Option<Error>,
+    pub(crate) stuck: Vec<String>,
+    pub(crate) returned: Vec<Message>,
+    pub(crate) reports: Vec<Option<Report>>,
+}
+
+/// What is kept of a source beside its thread.
+pub(crate) struct SourceSlot {
+    pub(crate) acknowledger: Arc<dyn Acknowledger>,
+    pub(crate) settler: Option<Arc<dyn Settler>>,
+    /// Accepted, and waiting for the rate limit or for room in a lane.
+    pub(crate) pulled: Mutex<VecDeque<Ticket>>,
+    /// Told to stop waiting when the phase changes.
+    pub(crate) wake: Mutex<(Option<Sender<()>>, Receiver<()>)>,
+    pub(crate) tick: Tick,
+}
+
+/// A queue of processors, with the retries that belong to it.
+pub(crate) struct Lane {
+    pub(crate) sender: Sender<Vec<Ticket>>,
+    pub(crate) receiver: Receiver<Vec<Ticket>>,
+    pub(crate) retries: Mutex<BinaryHeap<Retry>>,
+    pub(crate) tick: Tick,
+}
+
+/// A message that waits for its next try; the heap's greatest is due first.
+#[derive(Debug)]
+pub(crate) struct Retry {
+    pub(crate) due: Instant,
+    pub(crate) ticket: Ticket,
+}
+
+/// What one worker thread has in hand, and what is counted of it. It outlives
+/// the thread.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    pub(crate) name: String,
+    pub(crate) hand: Mutex<Hand>,
+    pub(crate) stats: WorkerStats,
+    /// Dropped to retire the worker.
+    pub(crate) retire: Mutex<Option<Sender<()>>>,
+    pub(crate) retired: Receiver<()>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Hand {
+    /// Taken, and not begun.
+    pub(crate) chunk: VecDeque<Ticket>,
+    /// In the handler since then; `true` once it was reported as slow.
+    pub(crate) current: Vec<Ticket>,
+    pub(crate) since: Option<(Instant, bool)>,
+    /// Finished, and not settled.
+    pub(crate) succeeded: Vec<Ticket>,
+    pub(crate) failed: Vec<(Ticket, Failure)>,
+}
+
+/// A wake-up from the timer: at most one waits.
+#[derive(Debug, Clone)]
+pub(crate) struct Tick {
+    pub(crate) sender: Sender<()>,
+    pub(crate) receiver: Receiver<()>,
+}
+
+impl Tick {
+    pub(crate) fn new() -> Self {
+        let (sender, receiver) = bounded(1);
+        Self { sender, receiver }
+    }
+}
+
+impl Alarm for Tick {
+    fn fire(&self) {
+        // One that waits already will do.
+        let _ = self.sender.try_send(());
+    }
+}
+
+/// Ends every wait of a pipeline: its receivers disconnect.
+pub(crate) struct StopSwitch {
+    sender: Mutex<Option<Sender<()>>>,
+    pub(crate) signal: Receiver<()>,
+}
+
+impl StopSwitch {
+    pub(crate) fn new() -> Self {
+        let (sender, signal) = bounded(0);
+        Self { sender: Mutex::new(Some(sender)), signal }
+    }
+
+    pub(crate) fn set(&self) {
+        lock(&self.sender).take();
+    }
+}
+
+impl SourceSlot {
+    pub(crate) fn new(
+        acknowledger: Arc<dyn Acknowledger>,
+        settler: Option<Arc<dyn Settler>>,
+    ) -> Self {
+        let (sender, receiver) = bounded(0);
+        Self {
+            acknowledger,
+            settler,
+            pulled: Mutex::default(),
+            wake: Mutex::new((Some(sender), receiver)),
+            tick: Tick::new(),
+        }
+    }
+
+    /// What a pull is to watch: set when the phase changes.
+    pub(crate) fn stop(&self) -> Stop {
+        let mut wake = lock(&self.wake);
+        if wake.0.is_none() {
+            let (sender, receiver) = bounded(0);
+            *wake = (Some(sender), receiver);
+        }
+        Stop { signal: wake.1.clone() }
+    }
+
+    pub(crate) fn interrupt(&self) {
+        lock(&self.wake).0.take();
+        self.tick.fire();
+    }
+}
+
+impl Lane {
+    pub(crate) fn new(capacity: usize) -> Self {
+        let (sender, receiver) = bounded(capacity);
+        Self { sender, receiver, retries: Mutex::default(), tick: Tick::new() }
+    }
+}
+
+impl Slot {
+    pub(crate) fn new(name: String) -> Arc<Self> {
+        let (retire, retired) = bounded(0);
+        Arc::new(Self {
+            name,
+            hand: Mutex::default(),
+            stats: WorkerStats::default(),
+            retire: Mutex::new(Some(retire)),
+            retired,
+        })
+    }
+
+    pub(crate) fn is_retired(&self) -> bool {
+        lock(&self.retire).is_none()
+    }
+}
+
+impl<H: Handler> Flow<H> {
+    #[allow(clippy::too_many_arguments, reason = "called once, by the builder")]
+    pub(crate) fn new(
+        clock: Clock,
+        policy: FlowPolicy,
+        handler: H,
+        sources: Vec<SourceSlot>,
+        processors: usize,
+        queue: usize,
+        batchers: Vec<Batcher<H::Item>>,
+        limiter: Option<Limiter>,
+        spawner: Spawner,
+        hub: Hub<PipelineEvent>,
+    ) -> Self {
+        let lanes = if policy.partition.is_some() { processors } else { 1 };
+        let slots = (0..processors).map(|n| Slot::new(format!("broadsock-proc-{n}"))).collect();
+        let open_sources = sources.len();
+        Self {
+            clock,
+            policy,
+            handler,
+            sources,
+            lanes: (0..lanes).map(|_| Lane::new(queue)).collect(),
+            processors: Mutex::new(slots),
+            batchers: batchers.into_iter().map(|b| (Arc::clone(&b.name), b)).collect(),
+            limiter: limiter.map(Mutex::new),
+            stop: StopSwitch::new(),
+            timer: Timer::new(),
+            spawner,
+            hub,
+            counters: Counters::default(),
+            state: Mutex::new(State {
+                phase: Phase::Running,
+                ledger: PipelineLedger::default(),
+                pulls: BTreeMap::new(),
+                next_pull: 0,
+                reserved: 0,
+                open_sources,
+                deadline: None,
+                ending: Ending::default(),
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// The timer's targets: lanes, batchers, sources, and last the supervisor.
+    pub(crate) fn alarms(&self, supervisor: Arc<dyn Alarm>) -> Vec<Arc<dyn Alarm>> {
+        let lanes = self.lanes.iter().map(|lane| &lane.tick);
+        let batchers = self.batchers.values().map(|batcher| &batcher.tick);
+        let sources = self.sources.iter().map(|source| &source.tick);
+        let ticks = lanes.chain(batchers).chain(sources);
+        let mut alarms: Vec<Arc<dyn Alarm>> = Vec::new();
+        for tick in ticks {
+            alarms.push(Arc::new(tick.clone()));
+        }
+        alarms.push(supervisor);
+        alarms
+    }
+
+    pub(crate) fn batcher_owner(&self, batcher: usize) -> usize {
+        self.lanes.len() + batcher
+    }
+
+    pub(crate) fn source_owner(&self, source: usize) -> usize {
+        self.lanes.len() + self.batchers.len() + source
+    }
+
+    pub(crate) fn supervisor_owner(&self) -> usize {
+        self.source_owner(self.sources.len())
+    }
+
+    pub(crate) fn slots(&self) -> Vec<Arc<Slot>> {
+        lock(&self.processors).clone()
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        lock(&self.state).phase
+    }
+
+    /// Moves on to a later phase (or between running and paused), and wakes
+    /// whoever waits for that. Returns whether it did.
+    pub(crate) fn enter(&self, phase: Phase) -> bool {
+        {
+            let mut state = lock(&self.state);
+            let back = (state.phase, phase) == (Phase::Paused, Phase::Running);
+            if state.phase >= phase && !back {
+                return false;
+            }
+            state.phase = phase;
+        }
+        self.changed.notify_all();
+        if phase >= Phase::Stopped {
+            self.stop.set();
+        }
+        self.sources.iter().for_each(SourceSlot::interrupt);
+        self.batchers.values().for_each(|batcher| batcher.tick.fire());
+        true
+    }
+
+    /// Work must be over at `work`, and threads ended at `end`, or earlier if
+    /// that was said before.
+    pub(crate) fn set_deadline(&self, work: Instant, end: Instant) {
+        let deadline = &mut lock(&self.state).deadline;
+        let earlier = deadline.map_or((work, end), |(w, e)| (w.min(work), e.min(end)));
+        *deadline = Some(earlier);
+    }
+
+    /// When work must be over.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        lock(&self.state).deadline.map(|(work, _)| work)
+    }
+
+    /// When threads must have ended.
+    pub(crate) fn end(&self) -> Option<Instant> {
+        lock(&self.state).deadline.map(|(_, end)| end)
+    }
+
+    /// Waits for room, and reserves it for up to `most` messages; 0 when the
+    /// pipeline has stopped. What is reserved must be accepted or given up.
+    pub(crate) fn reserve(&self, most: usize) -> usize {
+        let mut state = lock(&self.state);
+        loop {
+            let taken = state.ledger.in_flight_count() + state.reserved;
+            let room = self.policy.max_in_flight.saturating_sub(taken).min(most);
+            match state.phase {
+                Phase::Running | Phase::Draining if room > 0 => {
+                    state.reserved += room;
+                    return room;
+                }
+                Phase::Stopped | Phase::Ended => return 0,
+                _ => {}
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Turns a reservation into `count` accepted messages, and gives up the rest;
+    /// returns the number of this pull.
+    pub(crate) fn accept(&self, count: usize, reserved: usize) -> u64 {
+        let now = self.clock.now();
+        let mut state = lock(&self.state);
+        let pull = state.next_pull;
+        if count > 0 {
+            state.next_pull += 1;
+            state.pulls.insert(pull, (now, count));
+        }
+        state.reserved -= reserved;
+        state.ledger.accepted += count as u64;
+        state.ledger.in_flight += count as u64;
+        self.counters.upstream.add(i64::try_from(count).unwrap_or(i64::MAX));
+        let freed = count < reserved;
+        drop(state);
+        if freed {
+            self.changed.notify_all();
+        }
+        pull
+    }
+
+    /// How long ago the oldest message in flight was accepted.
+    pub(crate) fn oldest(&self) -> Option<Duration> {
+        let now = self.clock.now();
+        let state = lock(&self.state);
+        let (at, _) = state.pulls.first_key_value()?.1;
+        Some(now.saturating_duration_since(*at))
+    }
+
+    /// `count` messages have left the processors' part for good. When the last
+    /// one has, while draining, open batches have nothing to wait for.
+    pub(crate) fn left_upstream(&self, count: usize) {
+        let count = i64::try_from(count).unwrap_or(i64::MAX);
+        if count > 0 && self.counters.upstream.add(-count) == 0 && self.phase() >= Phase::Draining {
+            self.batchers.values().for_each(|batcher| batcher.tick.fire());
+        }
+    }
+
+    /// Whether open batches can get no more items.
+    pub(crate) fn is_upstream_empty(&self) -> bool {
+        let state = lock(&self.state);
+        state.phase >= Phase::Draining
+            && state.open_sources == 0
+            && self.counters.upstream.get() == 0
+    }
+
+    /// A source has ended: the pipeline drains after the last.
+    pub(crate) fn source_ended(&self) {
+        let last = {
+            let mut state = lock(&self.state);
+            state.open_sources = state.open_sources.saturating_sub(1);
+            state.open_sources == 0
+        };
+        if last {
+            if self.enter(Phase::Draining) {
+                self.emit(PipelineEvent::Draining);
+            }
+            // Batchers may have nothing to wait for any more.
+            self.batchers.values().for_each(|batcher| batcher.tick.fire());
+            self.tell_supervisor();
+        }
+    }
+
+    /// Whether everything accepted is settled and nothing more will come.
+    pub(crate) fn is_drained(&self) -> bool {
+        let state = lock(&self.state);
+        state.phase >= Phase::Draining && state.open_sources == 0 && state.ledger.in_flight == 0
+    }
+
+    pub(crate) fn ledger(&self) -> PipelineLedger {
+        lock(&self.state).ledger
+    }
+
+    pub(crate) fn ending(&self) -> Ending {
+        lock(&self.state).ending.clone()
+    }
+
+    pub(crate) fn update_ending(&self, update: impl FnOnce(&mut Ending)) {
+        update(&mut lock(&self.state).ending);
+    }
+
+    fn tell_supervisor(&self) {
+        // A full channel holds notices, and each makes it look.
+        let _ = self.spawner.monitor.try_send(Notice::Tick);
+    }
+
+    pub(crate) fn emit(&self, event: PipelineEvent) {
+        self.hub.emit(event);
+    }
+}
+
+impl PartialEq for Retry {
+    fn eq(&self, other: &Self) -> bool {
+        self.due == other.due
+    }
+}
+
+impl Eq for Retry {}
+
+impl PartialOrd for Retry {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Retry {
+    /// The one that is due first is the greatest.
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        other.due.cmp(&self.due)
+    }
+}
+
+/// Locks, whatever became of a thread that held the lock.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
