@@ -848,7 +848,7 @@ fn queries_and_header_values_appear_in_no_event_error_or_debug_output() {
     told += &format!("{client:?} {cause:?} {} ", cause.chain());
     let report = client.close(LONG);
     told += &format!("{report:?} {:?} {server:?}", client.metrics());
-    let events: Vec<Event> = watch.to_the_end();
+    let events: Vec<Event> = watch.into_all();
     assert!(events.len() > 10);
     for event in &events {
         told += &format!("{event} {event:?}\n");

@@ -120,7 +120,7 @@ impl Watch {
     }
 
     /// Waits until the client has ended; returns all events.
-    pub(crate) fn to_the_end(mut self) -> Vec<Event> {
+    pub(crate) fn into_all(mut self) -> Vec<Event> {
         loop {
             match self.events.recv_timeout(LONG) {
                 Ok(event) => self.seen.push(event),
@@ -199,7 +199,7 @@ pub(crate) fn timed_out_in(kind: &ErrorKind, wanted: Step) -> bool {
 /// first one and three restarts, each told of, with its cause. Returns it.
 pub(crate) fn assert_ends_after_restarts(client: &Client, watch: Watch) -> Error {
     let cause = failure(client);
-    let events = watch.to_the_end();
+    let events = watch.into_all();
     let story: String = events.iter().map(|event| format!("\n  {event}")).collect();
     let metrics = client.metrics();
     assert_eq!(metrics.attempts(), 4, "{story}");
