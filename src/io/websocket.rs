@@ -14,6 +14,9 @@ use crate::handler::{Body, Outgoing};
 /// Frames gather up to this size before they are written without a flush.
 const WRITE_BUFFER: usize = 64 * 1024;
 
+/// The longest close frame of a server (RFC 6455, section 5.5).
+const CLOSE_FRAME: usize = 127;
+
 /// Size limits of one WebSocket.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
@@ -68,7 +71,8 @@ impl Websocket {
             .max_write_buffer_size(limits.max_message.saturating_add(2 * WRITE_BUFFER))
             .max_message_size(Some(limits.max_message))
             .max_frame_size(Some(limits.max_message));
-        let counted = Counted { stream, written: 0 };
+        let mut counted = Counted { stream, written: 0, tail: Vec::with_capacity(CLOSE_FRAME) };
+        counted.keep_tail(&rest);
         let ws =
             tungstenite::WebSocket::from_partially_read(counted, rest, Role::Client, Some(config));
         Self { ws, produced: 0, unfinished: VecDeque::new(), dirty: false }
@@ -87,10 +91,7 @@ impl Websocket {
                 Ok(WsMessage::Pong(bytes)) => Incoming::Pong(bytes),
                 Ok(WsMessage::Close(frame)) => {
                     self.dirty = true;
-                    let (code, reason) = frame.map_or((1005, String::new()), |frame| {
-                        (frame.code.into(), frame.reason.to_string())
-                    });
-                    Incoming::Close { code, reason }
+                    self.closed(frame)
                 }
                 Ok(WsMessage::Frame(_)) => continue,
                 Err(error) if would_block(&error) => return Ok(None),
@@ -98,6 +99,20 @@ impl Websocket {
             };
             return Ok(Some(incoming));
         }
+    }
+
+    /// tungstenite takes a code that it does not know for a violation, and shows
+    /// 1002 in its place. Others have registered codes since (1014), and a code
+    /// that nobody has defined is no reason to give up.
+    fn closed(&self, frame: Option<CloseFrame>) -> Incoming {
+        let Some(frame) = frame else {
+            return Incoming::Close { code: 1005, reason: String::new() };
+        };
+        let replaced = frame.code == CloseCode::Protocol && frame.reason == "Protocol violation";
+        let unknown = replaced.then(|| self.ws.get_ref().unknown_close()).flatten();
+        let (code, reason) =
+            unknown.unwrap_or_else(|| (frame.code.into(), frame.reason.to_string()));
+        Incoming::Close { code, reason }
     }
 
     /// Queues a message of the outbox; it is kept until the kernel has it whole.
@@ -244,16 +259,41 @@ fn lost(error: WsError) -> Error {
     }
 }
 
-/// Counts the bytes the layer below accepted, before any encryption.
+/// Counts the bytes the layer below accepted, before any encryption, and keeps
+/// the last ones read, which are a close frame at the end.
 #[derive(Debug)]
 struct Counted {
     stream: Stream,
     written: u64,
+    tail: Vec<u8>,
+}
+
+impl Counted {
+    fn keep_tail(&mut self, read: &[u8]) {
+        let new = &read[read.len().saturating_sub(CLOSE_FRAME)..];
+        let excess = (self.tail.len() + new.len()).saturating_sub(CLOSE_FRAME);
+        self.tail.drain(..excess);
+        self.tail.extend_from_slice(new);
+    }
+
+    /// Code and reason of a close frame at the very end, if tungstenite does
+    /// not know the code.
+    fn unknown_close(&self) -> Option<(u16, String)> {
+        let frame = (0..self.tail.len()).map(|at| &self.tail[at..]).find_map(|frame| {
+            let (head, payload) = frame.split_first_chunk::<4>()?;
+            let code = u16::from_be_bytes([head[2], head[3]]);
+            let whole = head[0] == 0x88 && usize::from(head[1]) == payload.len() + 2;
+            (whole && matches!(code, 1014 | 1016..=2999)).then_some((code, payload))
+        });
+        frame.map(|(code, reason)| (code, String::from_utf8_lossy(reason).into_owned()))
+    }
 }
 
 impl Read for Counted {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.stream.read(buf)
+        let count = self.stream.read(buf)?;
+        self.keep_tail(&buf[..count]);
+        Ok(count)
     }
 }
 

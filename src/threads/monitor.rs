@@ -13,6 +13,7 @@ use super::shared::Shared;
 use super::timer::Alarm;
 use crate::error::{Error, ErrorKind};
 use crate::event::{EventKind, State};
+use crate::handler::Outgoing;
 use crate::logic::connection::Input;
 use crate::logic::restart::{Intensity, Restarts};
 
@@ -293,11 +294,7 @@ impl Monitor {
 
     /// Ends what is left: consumers first, then the timer; names what hangs.
     fn finish(mut self) {
-        let unsent: Vec<_> =
-            self.shared.connections.iter().flat_map(|peer| peer.inbox.close()).collect();
-        if !unsent.is_empty() {
-            self.shared.emit(0, 0, EventKind::Unsent { count: unsent.len() });
-        }
+        let unsent = self.close_outboxes();
         self.shared.queue.close();
         let stuck = self.stuck();
         self.shared.timer.stop();
@@ -316,6 +313,19 @@ impl Monitor {
             ending.unsent = unsent;
         }
         self.shared.hub.close();
+    }
+
+    fn close_outboxes(&self) -> Vec<Outgoing> {
+        let mut unsent = Vec::new();
+        for (index, peer) in self.shared.connections.iter().enumerate() {
+            let left = peer.inbox.close();
+            if !left.is_empty() {
+                let kind = EventKind::Unsent { count: left.len() };
+                self.shared.emit(index, peer.metrics.epoch(), kind);
+            }
+            unsent.extend(left);
+        }
+        unsent
     }
 
     /// The threads that still run. Look-ups are given a moment: nothing can
