@@ -45,7 +45,7 @@ fn unruly_feed() -> Result<ExitCode, Box<dyn Error>> {
     let narrator = Arc::clone(&screen);
     let client = Client::builder(server.url())
         .dedup(Dedup::by_pointer("/id"))
-        .observer(move |event| narrator.event(event))
+        .observer(move |event| told(event).iter().for_each(|line| narrator.line(line)))
         // Far less patient than the defaults, so that the show is short.
         .connect_timeout(Duration::from_millis(1000))
         .ping_interval(Duration::from_millis(500))
@@ -79,7 +79,8 @@ fn unruly_feed() -> Result<ExitCode, Box<dyn Error>> {
 /// The same with a real feed, until Ctrl-C: messages to stdout, the rest to
 /// stderr.
 fn your_feed(url: &str, pointer: Option<String>) -> Result<ExitCode, Box<dyn Error>> {
-    let mut builder = Client::builder(url).observer(|event| eprintln!("{event}"));
+    let mut builder = Client::builder(url)
+        .observer(|event| told(event).iter().for_each(|line| eprintln!("{line}")));
     if let Some(pointer) = pointer {
         builder = builder.dedup(Dedup::by_pointer(pointer));
     }
@@ -154,6 +155,19 @@ fn start_server() -> io::Result<Server> {
     .start()
 }
 
+/// What of an event is worth a line here.
+fn told(event: &Event) -> Option<String> {
+    match &event.kind {
+        EventKind::State { to: State::Connected, .. } => {
+            Some(format!("connected, on socket {}", event.epoch))
+        }
+        EventKind::State { to: State::Closed, .. } => Some("closed".to_owned()),
+        // What led to any other state is told by an event of its own.
+        EventKind::State { .. } => None,
+        other => Some(other.to_string()),
+    }
+}
+
 /// The id in a message such as `{"id":7,"price":107}`.
 fn id_of(text: Option<&str>) -> String {
     let json: Option<serde_json::Value> = text.and_then(|text| serde_json::from_str(text).ok());
@@ -203,19 +217,7 @@ impl Screen {
         Self { start: Instant::now(), in_progress: Mutex::new(false) }
     }
 
-    fn event(&self, event: &Event) {
-        match &event.kind {
-            EventKind::State { to: State::Connected, .. } => {
-                self.line(format_args!("connected, on socket {}", event.epoch));
-            }
-            EventKind::State { to: State::Closed, .. } => self.line(format_args!("closed")),
-            // What led to any other state is told by an event of its own.
-            EventKind::State { .. } => {}
-            other => self.line(format_args!("{other}")),
-        }
-    }
-
-    fn line(&self, text: fmt::Arguments<'_>) {
+    fn line(&self, text: impl fmt::Display) {
         let mut in_progress = self.in_progress.lock().unwrap_or_else(PoisonError::into_inner);
         if std::mem::take(&mut *in_progress) {
             println!();
