@@ -10,7 +10,7 @@
 //! one connects to a feed of yours until Ctrl-C; POINTER, such as `/id`, says
 //! where in a JSON message its id is.
 
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program that shows what it does")]
+#![allow(clippy::print_stderr, reason = "a program that shows what it does")]
 #![allow(clippy::disallowed_methods, reason = "it runs in real time")]
 
 use std::env;
@@ -219,19 +219,21 @@ impl Screen {
 
     fn line(&self, text: impl fmt::Display) {
         let mut in_progress = self.in_progress.lock().unwrap_or_else(PoisonError::into_inner);
-        if std::mem::take(&mut *in_progress) {
-            println!();
-        }
-        println!("{:5.2}s  {text}", self.start.elapsed().as_secs_f64());
+        let end = if std::mem::take(&mut *in_progress) { "\n" } else { "" };
+        show(format_args!("{end}{:5.2}s  {text}\n", self.start.elapsed().as_secs_f64()));
     }
 
     fn progress(&self, id: &str) {
         let mut in_progress = self.in_progress.lock().unwrap_or_else(PoisonError::into_inner);
-        if !std::mem::replace(&mut *in_progress, true) {
-            print!("        messages");
-        }
-        print!(" {id}");
-        // A screen that cannot be written to shows nothing.
-        let _ = io::stdout().flush();
+        let start =
+            if std::mem::replace(&mut *in_progress, true) { "" } else { "        messages" };
+        show(format_args!("{start} {id}"));
     }
+}
+
+/// Shows it at once. `print!` would panic when nobody looks any more, as in
+/// `quickstart | head`.
+fn show(text: fmt::Arguments<'_>) {
+    let mut out = io::stdout().lock();
+    let _ = out.write_fmt(text).and_then(|()| out.flush());
 }
