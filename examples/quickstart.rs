@@ -6,7 +6,7 @@
 //! cargo run --features testing --example quickstart -- URL [POINTER]
 //! ```
 //!
-//! The first form brings its own server and takes about 8 seconds. The second
+//! The first form brings its own server and takes about 10 seconds. The second
 //! one connects to a feed of yours until Ctrl-C; POINTER, such as `/id`, says
 //! where in a JSON message its id is.
 
