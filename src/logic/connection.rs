@@ -182,7 +182,10 @@ impl Machine {
             self.policy.max_attempts
         };
         if limit.is_some_and(|limit| self.failures >= limit) {
-            let phrase = format!("gave up after {} failed attempts in a row", self.failures);
+            let phrase = match self.failures {
+                1 => "gave up after the first failed attempt".to_owned(),
+                failures => format!("gave up after {failures} failed attempts in a row"),
+            };
             return Fate::GiveUp(Error::caused(ErrorKind::Attempts, phrase, error.clone()));
         }
         self.retries = self.retries.saturating_add(1);

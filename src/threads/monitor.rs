@@ -173,10 +173,7 @@ impl Monitor {
         match end {
             ThreadEnd::Closed => {}
             ThreadEnd::Unrecoverable(error) => self.unrecoverable(index, error),
-            ThreadEnd::GaveUp(error) => {
-                let reason = error.to_string();
-                self.fail(index, error, reason);
-            }
+            ThreadEnd::GaveUp(error) => self.fail(index, error, "without a restart".to_owned()),
         }
         if self.closing.is_some() {
             self.settle(index);
