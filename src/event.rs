@@ -84,8 +84,9 @@ pub enum EventKind {
         error: Error,
     },
     /// Messages were shed by the overflow policy or because the client closed.
+    /// Under a flood, one event a second tells of all of them.
     Dropped {
-        /// How many.
+        /// How many, since the last such event of this connection.
         count: u64,
         /// Why, in words.
         reason: &'static str,

@@ -249,10 +249,15 @@ fn dedup_by_content_drops_equal_messages() {
 fn a_slow_consumer_under_drop_oldest_sheds_what_the_report_says() {
     let server = Server::script([Script::new().upgrade().numbers(0..5000).hold()]).start().unwrap();
     let arguments = ["--overflow=drop-oldest", "--queue=20", "--work-ms=5", "--duration=1.2"];
-    let run = Run::of(&[&arguments[..], &["--report", &server.url()]].concat());
+    let run = Run::of(&[&arguments[..], &["--events", "--report", &server.url()]].concat());
     assert_eq!(run.status, Some(0), "{}", run.stderr);
     let report = run.report();
     assert_balanced(&report);
+    let events = run.events();
+    let told: Vec<_> = events.iter().filter(|event| event["event"] == "dropped").collect();
+    let sum: u64 = told.iter().map(|event| number(event, "count")).sum();
+    assert_eq!(sum, number(&report, "dropped"));
+    assert!(told.len() <= 3, "one event a second is enough: {}", run.stderr);
     assert_eq!(number(&report, "received"), 5000);
     assert!(number(&report, "dropped") > 4000, "{report}");
     assert_eq!(number(&report, "delivered"), run.lines().len() as u64);

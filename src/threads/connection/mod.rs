@@ -34,6 +34,10 @@ use crate::metrics::DropReason;
 use epoch::{Epoch, EpochEnd};
 pub(crate) use ids::{IdFunction, IdSource, Ids};
 
+/// Under a flood messages are shed thousands of times a second: one event in so
+/// long tells of all of them, and drowns no other.
+const SHED_PAUSE: Duration = Duration::from_secs(1);
+
 /// Makes the session of each epoch.
 pub(crate) type SessionFactory = Arc<dyn Fn() -> Box<dyn Session> + Send + Sync>;
 
@@ -83,8 +87,17 @@ pub(crate) struct Connection {
     armed: Option<Instant>,
     lookup: Option<Lookup>,
     lookups: u64,
+    shed: Shed,
     /// The client closes; the connection must be done by then.
     closing: Option<Instant>,
+}
+
+/// Messages that were shed and not told of yet.
+#[derive(Debug, Default)]
+struct Shed {
+    count: u64,
+    reason: &'static str,
+    told_at: Option<Instant>,
 }
 
 /// A DNS look-up under way. It cannot be interrupted, so there is at most one:
@@ -116,6 +129,7 @@ impl Connection {
             armed: None,
             lookup: None,
             lookups: 0,
+            shed: Shed::default(),
             closing: None,
         })
     }
@@ -133,6 +147,7 @@ impl Connection {
             }
         }
         self.step(Input::Close, "the client closes");
+        self.tell_all_shed();
         self.step(Input::Closed, "closed");
         ThreadEnd::Closed
     }
@@ -198,6 +213,7 @@ impl Connection {
             Fate::Unrecoverable | Fate::GiveUp(_) => None,
         };
         let reason = error.chain();
+        self.tell_all_shed();
         self.tell_loss(&loss, retry_in, error.clone());
         self.shared.transition(self.index, from, self.machine.state(), &reason);
         match loss.fate {
@@ -251,6 +267,7 @@ impl Connection {
         if signals.fired || signals.rearm {
             self.armed = None;
         }
+        self.tell_shed_in_time();
         if let Some((id, result)) = signals.addresses
             && let Some(lookup) = self.lookup.as_mut().filter(|lookup| lookup.id == id)
         {
@@ -294,15 +311,41 @@ impl Connection {
         }
     }
 
-    fn tell_shed(&self, count: usize, reason: DropReason) {
+    fn tell_shed(&mut self, count: usize, reason: DropReason) {
+        let reason = match reason {
+            _ if count == 0 => return,
+            DropReason::Oldest => "queue full, oldest dropped",
+            DropReason::Newest => "queue full, newest dropped",
+            DropReason::Disconnect => "queue full, disconnecting",
+            DropReason::Closed => "the client has closed",
+        };
+        if self.shed.reason != reason {
+            self.tell_all_shed();
+        }
+        self.shed.reason = reason;
+        self.shed.count += count as u64;
+        self.tell_shed_in_time();
+    }
+
+    /// Tells of what was shed, unless that was done just now.
+    fn tell_shed_in_time(&mut self) {
+        if self.shed.count == 0 {
+            return;
+        }
+        let now = self.shared.clock.now();
+        match self.shed.told_at.map(|at| at + SHED_PAUSE) {
+            Some(next) if now < next => self.arm(next),
+            _ => {
+                self.shed.told_at = Some(now);
+                self.tell_all_shed();
+            }
+        }
+    }
+
+    fn tell_all_shed(&mut self) {
+        let count = std::mem::take(&mut self.shed.count);
         if count > 0 {
-            let reason = match reason {
-                DropReason::Oldest => "queue full, oldest dropped",
-                DropReason::Newest => "queue full, newest dropped",
-                DropReason::Disconnect => "queue full, disconnecting",
-                DropReason::Closed => "the client has closed",
-            };
-            self.emit(EventKind::Dropped { count: count as u64, reason });
+            self.emit(EventKind::Dropped { count, reason: self.shed.reason });
         }
     }
 
@@ -401,6 +444,7 @@ impl Drop for Connection {
     /// is left to the monitor.
     fn drop(&mut self) {
         self.release_held();
+        self.tell_all_shed();
         *self.peer().last_message() = self.resume.take();
         if let Some(lookup) = self.lookup.take() {
             let name = format!("broadsock-dns-{}", self.index);
