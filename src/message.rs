@@ -10,6 +10,9 @@ use tungstenite::{Bytes, Utf8Bytes};
 /// ones are copied together, which frees that buffer (it is far larger).
 const LARGE: usize = 16 * 1024;
 
+/// Payloads are copied together up to about this size.
+const ARENA: usize = 1 << 30;
+
 /// One data message: its payload and where it came from.
 ///
 /// A handle of two words into a block of messages that arrived together: cheap
@@ -72,27 +75,34 @@ pub(crate) struct BlockData {
     connection: usize,
     epoch: u64,
     received_at: Instant,
+    /// Sequence that the entries' are counted from.
+    base: u64,
     text: String,
     binary: Vec<u8>,
     large: Vec<Large>,
     entries: Vec<Entry>,
+    /// One for each entry, while dedup is on; empty otherwise.
+    ids: Vec<Option<MessageId>>,
 }
 
-/// One row of a block's table.
+/// One row of a block's table: 16 bytes, for there is one for each message.
 #[derive(Clone, Copy)]
 struct Entry {
-    place: Place,
-    sequence: u64,
-    id: Option<MessageId>,
+    kind: Kind,
+    /// Where the payload starts in its arena, or its place among the large.
+    start: u32,
+    len: u32,
+    /// Sequence after the block's base.
+    sequence: u32,
 }
 
 /// Where a payload lies: text apart from binary, so that a text is validated
 /// once and sliced for ever after.
 #[derive(Clone, Copy)]
-enum Place {
-    Text { start: usize, len: usize },
-    Binary { start: usize, len: usize },
-    Large(usize),
+enum Kind {
+    Text,
+    Binary,
+    Large,
 }
 
 enum Large {
@@ -113,19 +123,19 @@ impl Message {
     /// The payload if it is a text message, else `None`.
     #[must_use]
     pub fn text(&self) -> Option<&str> {
-        self.block.text_of(self.entry().place)
+        self.block.text_of(self.entry())
     }
 
     /// The payload's bytes, of a text as of a binary message.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
-        self.block.bytes_of(self.entry().place)
+        self.block.bytes_of(self.entry())
     }
 
     /// Whether it is a text message (the alternative is binary).
     #[must_use]
     pub fn is_text(&self) -> bool {
-        self.block.is_text(self.entry().place)
+        self.block.is_text(self.entry())
     }
 
     /// Length of the payload in bytes.
@@ -143,7 +153,7 @@ impl Message {
     /// Its identity, when dedup is on and an id was found.
     #[must_use]
     pub fn id(&self) -> Option<MessageId> {
-        self.entry().id
+        self.block.ids.get(self.index as usize).copied().flatten()
     }
 
     /// Where and when it was received.
@@ -153,9 +163,9 @@ impl Message {
         Metadata {
             connection: self.block.connection,
             epoch: self.block.epoch,
-            sequence: entry.sequence,
+            sequence: self.block.base + u64::from(entry.sequence),
             received_at: self.block.received_at,
-            id: entry.id,
+            id: self.id(),
         }
     }
 
@@ -169,8 +179,7 @@ impl Message {
             Some(text) => Payload::Text(text),
             None => Payload::Binary(self.as_bytes()),
         };
-        let entry = self.entry();
-        own.push(payload, entry.sequence, entry.id);
+        own.push(payload, self.metadata().sequence, self.id());
         Self { block: Arc::new(own.data), index: 0 }
     }
 
@@ -230,7 +239,9 @@ impl Block {
 
     /// The ids of the messages left in it.
     pub(crate) fn ids(&self) -> impl Iterator<Item = MessageId> + '_ {
-        self.data.entries[self.next as usize..self.end as usize].iter().filter_map(|e| e.id)
+        // The table is empty without dedup.
+        let end = self.data.ids.len().min(self.end as usize);
+        self.data.ids[end.min(self.next as usize)..end].iter().filter_map(|id| *id)
     }
 
     /// Lets go of the messages left in it without counting them as delivered.
@@ -311,33 +322,33 @@ impl fmt::Debug for MessageId {
 }
 
 impl BlockData {
-    fn text_of(&self, place: Place) -> Option<&str> {
-        match place {
-            Place::Text { start, len } => Some(&self.text[start..start + len]),
-            Place::Binary { .. } => None,
-            Place::Large(index) => match &self.large[index] {
+    fn text_of(&self, entry: &Entry) -> Option<&str> {
+        match entry.kind {
+            Kind::Text => Some(&self.text[entry.range()]),
+            Kind::Binary => None,
+            Kind::Large => match &self.large[entry.start as usize] {
                 Large::Text(text) => Some(text.as_str()),
                 Large::Binary(_) => None,
             },
         }
     }
 
-    fn bytes_of(&self, place: Place) -> &[u8] {
-        match place {
-            Place::Text { start, len } => &self.text.as_bytes()[start..start + len],
-            Place::Binary { start, len } => &self.binary[start..start + len],
-            Place::Large(index) => match &self.large[index] {
+    fn bytes_of(&self, entry: &Entry) -> &[u8] {
+        match entry.kind {
+            Kind::Text => &self.text.as_bytes()[entry.range()],
+            Kind::Binary => &self.binary[entry.range()],
+            Kind::Large => match &self.large[entry.start as usize] {
                 Large::Text(text) => text.as_bytes(),
                 Large::Binary(bytes) => bytes,
             },
         }
     }
 
-    fn is_text(&self, place: Place) -> bool {
-        match place {
-            Place::Text { .. } => true,
-            Place::Binary { .. } => false,
-            Place::Large(index) => matches!(self.large[index], Large::Text(_)),
+    fn is_text(&self, entry: &Entry) -> bool {
+        match entry.kind {
+            Kind::Text => true,
+            Kind::Binary => false,
+            Kind::Large => matches!(self.large[entry.start as usize], Large::Text(_)),
         }
     }
 
@@ -354,6 +365,12 @@ impl BlockData {
     }
 }
 
+impl Entry {
+    fn range(self) -> std::ops::Range<usize> {
+        self.start as usize..(self.start + self.len) as usize
+    }
+}
+
 /// Gathers the messages of one turn of the reader into a block.
 pub(crate) struct BlockBuilder {
     data: BlockData,
@@ -366,10 +383,12 @@ impl BlockBuilder {
                 connection,
                 epoch,
                 received_at,
+                base: 0,
                 text: String::new(),
                 binary: Vec::new(),
                 large: Vec::new(),
                 entries: Vec::new(),
+                ids: Vec::new(),
             },
         }
     }
@@ -382,50 +401,88 @@ impl BlockBuilder {
         self.data.bytes()
     }
 
+    /// Takes a message. Sequences grow within a block.
     pub(crate) fn push(&mut self, payload: Payload<'_>, sequence: u64, id: Option<MessageId>) {
-        let place = self.place(payload);
-        self.data.entries.push(Entry { place, sequence, id });
+        if self.data.entries.is_empty() {
+            self.data.base = sequence;
+        }
+        let (kind, start, len) = self.place(payload);
+        let sequence = narrow((sequence - self.data.base) as usize);
+        if id.is_some() || !self.data.ids.is_empty() {
+            self.data.ids.resize(self.data.entries.len(), None);
+            self.data.ids.push(id);
+        }
+        self.data.entries.push(Entry { kind, start: narrow(start), len: narrow(len), sequence });
     }
 
     /// Keeps only the messages for which `fresh` says so: `None` is asked for
     /// a message without an id.
     pub(crate) fn retain(&mut self, mut fresh: impl FnMut(Option<MessageId>) -> bool) {
-        self.data.entries.retain(|entry| fresh(entry.id));
+        let BlockData { entries, ids, .. } = &mut self.data;
+        if ids.is_empty() {
+            entries.retain(|_| fresh(None));
+            return;
+        }
+        ids.resize(entries.len(), None);
+        let mut kept = 0;
+        for at in 0..entries.len() {
+            if fresh(ids[at]) {
+                (entries[kept], ids[kept]) = (entries[at], ids[at]);
+                kept += 1;
+            }
+        }
+        entries.truncate(kept);
+        ids.truncate(kept);
     }
 
-    /// The block, and the last message's sequence.
-    pub(crate) fn finish(self) -> Block {
-        let end = u32::try_from(self.data.entries.len()).unwrap_or(u32::MAX);
+    /// The block.
+    pub(crate) fn finish(mut self) -> Block {
+        if !self.data.ids.is_empty() {
+            self.data.ids.resize(self.data.entries.len(), None);
+        }
+        let end = narrow(self.data.entries.len());
         Block { data: Arc::new(self.data), next: 0, end, account: None }
     }
 
-    fn place(&mut self, payload: Payload<'_>) -> Place {
+    fn place(&mut self, payload: Payload<'_>) -> (Kind, usize, usize) {
         match payload {
+            Payload::Text(text) => self.copy_text(text),
+            Payload::Binary(bytes) => self.copy_binary(bytes),
             Payload::OwnedText(text) if text.len() >= LARGE => self.keep(Large::Text(text)),
             Payload::OwnedBinary(bytes) if bytes.len() >= LARGE => self.keep(Large::Binary(bytes)),
             Payload::OwnedText(text) => self.copy_text(&text),
             Payload::OwnedBinary(bytes) => self.copy_binary(&bytes),
-            Payload::Text(text) => self.copy_text(text),
-            Payload::Binary(bytes) => self.copy_binary(bytes),
         }
     }
 
-    fn keep(&mut self, large: Large) -> Place {
+    fn keep(&mut self, large: Large) -> (Kind, usize, usize) {
         self.data.large.push(large);
-        Place::Large(self.data.large.len() - 1)
+        (Kind::Large, self.data.large.len() - 1, 0)
     }
 
-    fn copy_text(&mut self, text: &str) -> Place {
+    fn copy_text(&mut self, text: &str) -> (Kind, usize, usize) {
+        // What a session emits may be of any size; offsets have 32 bits.
+        if self.data.text.len() + text.len() > LARGE + ARENA {
+            return self.keep(Large::Text(text.into()));
+        }
         let start = self.data.text.len();
         self.data.text.push_str(text);
-        Place::Text { start, len: text.len() }
+        (Kind::Text, start, text.len())
     }
 
-    fn copy_binary(&mut self, bytes: &[u8]) -> Place {
+    fn copy_binary(&mut self, bytes: &[u8]) -> (Kind, usize, usize) {
+        if self.data.binary.len() + bytes.len() > LARGE + ARENA {
+            return self.keep(Large::Binary(Bytes::copy_from_slice(bytes)));
+        }
         let start = self.data.binary.len();
         self.data.binary.extend_from_slice(bytes);
-        Place::Binary { start, len: bytes.len() }
+        (Kind::Binary, start, bytes.len())
     }
+}
+
+/// Offsets and counts of a block, which the arena's limit keeps small.
+fn narrow(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
 }
 
 impl Block {
