@@ -92,6 +92,7 @@ impl<'c> Epoch<'c> {
     ) -> Self {
         let shared = &connection.shared;
         let now = shared.clock.now();
+        let backlog = shared.policy.openings.iter().cloned().collect();
         let live = Liveness::new(shared.policy.heartbeat, now);
         let rest = std::mem::take(&mut dialed.upgraded.rest);
         let behind = rest.len() as u64;
@@ -107,7 +108,7 @@ impl<'c> Epoch<'c> {
             sequence: 0,
             resume,
             opening: Some(deadline),
-            backlog: VecDeque::new(),
+            backlog,
             // The first frames may have come with the upgrade's answer.
             more: true,
             blocked: false,
