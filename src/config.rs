@@ -13,7 +13,7 @@ use foldhash::SharedSeed;
 use crate::error::ErrorKind;
 use crate::error::{BoxError, Error, Recovery};
 use crate::event::Event;
-use crate::handler::{Attempt, Data, Request, Session};
+use crate::handler::{Attempt, Data, Outgoing, Request, Session};
 use crate::io::dial::DialPolicy;
 use crate::io::target::Target;
 use crate::io::tls::TlsSource;
@@ -71,6 +71,7 @@ pub struct ClientBuilder {
     outbox: usize,
     while_down: WhileDown,
     session: Option<SessionFactory>,
+    openings: Vec<Outgoing>,
     classifier: Option<Classifier>,
     observer: Option<Observer<Event>>,
     resolver: Resolver,
@@ -153,6 +154,7 @@ impl ClientBuilder {
             outbox: 1024,
             while_down: WhileDown::default(),
             session: None,
+            openings: Vec::new(),
             classifier: None,
             observer: None,
             resolver: Arc::new(system_resolver),
@@ -345,6 +347,14 @@ impl ClientBuilder {
         self
     }
 
+    /// Sends this message first on every new socket, before what the session
+    /// sends and before the outbox: a subscription, for example. May be called
+    /// several times; they leave in that order.
+    pub fn opening_message(mut self, message: impl Into<Outgoing>) -> Self {
+        self.openings.push(message.into());
+        self
+    }
+
     /// Makes the session of each epoch. Defaults to one that passes every
     /// message on.
     pub fn session<S: Session + 'static>(
@@ -424,6 +434,7 @@ impl ClientBuilder {
             ids: Ids { source, identity: identity() },
             block_messages: queue.block_messages(),
             session: self.session,
+            openings: self.openings.into(),
             classifier: self.classifier,
             resolver: self.resolver,
             close_timeout: self.close_timeout,
@@ -465,6 +476,9 @@ impl ClientBuilder {
         if self.limits.read_buffer > 1 << 30 {
             // Taken at once, for each socket.
             return Err(Error::setting("read_buffer_size", "must be at most 1 GiB"));
+        }
+        if self.openings.iter().any(|message| message.len() > self.limits.max_message) {
+            return Err(Error::setting("opening_message", "it is larger than max_message_size"));
         }
         if self.queue > 1 << 24 {
             // A slot is taken in memory for each.

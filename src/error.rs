@@ -182,12 +182,9 @@ impl fmt::Display for Error {
 }
 
 impl fmt::Debug for Error {
+    /// The phrase with its causes, and the kind: what `main` prints of an `Err`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Error")
-            .field("kind", &self.0.kind)
-            .field("phrase", &self.0.phrase)
-            .field("source", &self.0.source)
-            .finish()
+        write!(f, "{} [{:?}]", self.chain(), self.0.kind)
     }
 }
 

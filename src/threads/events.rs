@@ -46,7 +46,7 @@ impl<E: Told> Hub<E> {
     }
 
     pub(crate) fn emit(&self, event: E) {
-        log::log!(event.level(), "{event}");
+        log::log!(target: "broadsock", event.level(), "{event}");
         if let Some(observer) = &self.observer
             && let Err(panic) = contained(|| observer(&event))
         {

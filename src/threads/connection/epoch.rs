@@ -107,7 +107,7 @@ impl<'c> Epoch<'c> {
             sequence: 0,
             resume,
             opening: Some(deadline),
-            backlog: VecDeque::new(),
+            backlog: shared.policy.openings.iter().cloned().collect(),
             // The first frames may have come with the upgrade's answer.
             more: true,
             blocked: false,

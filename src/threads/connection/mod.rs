@@ -22,7 +22,7 @@ use super::queue::Offer;
 use super::shared::{Endpoint, Peer, Resolver, Shared};
 use crate::error::{Error, ErrorKind, Recovery};
 use crate::event::{EventKind, State};
-use crate::handler::{Attempt, Request, Resume, Session};
+use crate::handler::{Attempt, Outgoing, Request, Resume, Session};
 use crate::io::dial::{DialEnd, DialPolicy, Driver, dial};
 use crate::io::poll::{Poller, Ready};
 use crate::io::websocket::Limits;
@@ -56,6 +56,8 @@ pub(crate) struct ConnectionPolicy {
     pub(crate) block_messages: usize,
     /// `None`: every message is passed on.
     pub(crate) session: Option<SessionFactory>,
+    /// Sent first on every socket.
+    pub(crate) openings: Arc<[Outgoing]>,
     pub(crate) classifier: Option<Classifier>,
     pub(crate) resolver: Resolver,
     /// Longest wait for the server's part of a close handshake.
