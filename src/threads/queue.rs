@@ -209,24 +209,17 @@ impl Queue {
         if len == 0 {
             return nothing_shed;
         }
-        let block = block.with_account(self.gate.clone());
         let sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
-        let refused = match sender.as_ref().map(|sender| sender.try_send(block)) {
-            Some(Ok(())) => {
+        let Some(sender) = sender.as_ref() else { return turn_away(intake, block) };
+        // A block that enters the queue counts as delivered when it is dropped.
+        match sender.try_send(block.with_account(self.gate.clone())) {
+            Ok(()) => {
                 intake.pushed += len as u64;
                 intake.pushed_bytes += bytes as u64;
-                return nothing_shed;
+                nothing_shed
             }
-            Some(Err(error)) => Some(error.into_inner()),
-            None => None,
-        };
-        intake.pushed_bytes += if refused.is_some() { bytes as u64 } else { 0 };
-        if let Some(block) = refused {
-            forget(intake, &block);
-            block.discard();
+            Err(error) => turn_away(intake, error.into_inner().without_account()),
         }
-        intake.books.shed(DropReason::Closed, len as u64);
-        Offer::Done { shed: len, reason: DropReason::Closed }
     }
 
     fn drop_oldest(&self, intake: &mut Intake, messages: usize, bytes: usize) -> usize {
@@ -433,6 +426,11 @@ fn shed(intake: &mut Intake, block: Block, reason: DropReason) -> usize {
     count
 }
 
+/// Sheds a block that comes too late.
+fn turn_away(intake: &mut Intake, block: Block) -> Offer {
+    Offer::Done { shed: shed(intake, block, DropReason::Closed), reason: DropReason::Closed }
+}
+
 fn forget(intake: &mut Intake, block: &Block) {
     if let Some(dedup) = &mut intake.dedup {
         block.ids().for_each(|id| {
@@ -443,4 +441,34 @@ fn forget(intake: &mut Intake, block: &Block) {
 
 fn to_usize(count: u64) -> usize {
     usize::try_from(count).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::clock::Clock;
+    use crate::message::Payload;
+
+    fn queue(messages: usize, overflow: Overflow) -> Queue {
+        let inbox = Arc::new(Inbox::new(1));
+        Queue::new(QueuePolicy { messages, bytes: 1 << 20, overflow }, None, vec![inbox])
+    }
+
+    fn block(messages: u64) -> BlockBuilder {
+        let mut block = BlockBuilder::new(0, 1, Clock::real().now());
+        (1..=messages).for_each(|n| block.push(Payload::Text("x"), n, None));
+        block
+    }
+
+    #[test]
+    fn what_comes_after_the_end_is_dropped_and_not_delivered() {
+        let queue = queue(10, Overflow::Block);
+        let now = Clock::real().now();
+        assert!(matches!(queue.offer(block(2), 0, now), Offer::Done { shed: 0, .. }));
+        queue.close();
+        assert!(matches!(queue.offer(block(3), 0, now), Offer::Done { shed: 3, .. }));
+        let (ledger, dropped) = queue.ledger();
+        assert!(ledger.balanced(), "{ledger}");
+        assert_eq!((ledger.delivered, ledger.in_flight, dropped.closed), (0, 2, 3));
+    }
 }
