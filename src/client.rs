@@ -183,6 +183,7 @@ impl Client {
         match self.state() {
             State::Connected => Ok(()),
             _ if ended() => Err(self.error().unwrap_or_else(shut_down)),
+            _ if self.shared.states.ended() => Err(shut_down()),
             State::Closed | State::Closing => Err(shut_down()),
             _ => Err(self.not_connected(timeout)),
         }
@@ -304,15 +305,25 @@ impl ClientBuilder {
         let intensity = config.intensity;
         let (notices, inbox) = bounded(NOTICES);
         let shared = Arc::new(share(config, Spawner::new(notices)));
-        let monitor = Monitor::start(Arc::clone(&shared), inbox, intensity)?;
         let (guard, ended) = bounded(0);
+        let (tell, started) = bounded(1);
         let end = EndGuard { shared: Arc::clone(&shared), _ended: guard };
-        let spawner = shared.spawner.clone();
-        let handle = spawner.spawn("broadsock-monitor", usize::MAX, move || {
-            let _end = end;
-            monitor.run();
+        // The monitor starts all others: whichever thread cannot be started,
+        // somebody is there to end and join those before it.
+        let handle = shared.spawner.spawn("broadsock-monitor", usize::MAX, move || {
+            let monitor = Monitor::start(Arc::clone(&end.shared), inbox, intensity);
+            let (monitor, result) = match monitor {
+                Ok(monitor) => (Some(monitor), Ok(())),
+                Err(error) => (None, Err(error)),
+            };
+            let _ = tell.send(result);
+            if let Some(monitor) = monitor {
+                monitor.run();
+            }
         })?;
-        Ok(Client { shared, while_down, monitor: Mutex::new(Some(handle)), ended })
+        let client = Client { shared, while_down, monitor: Mutex::new(Some(handle)), ended };
+        // Dropping the client on an error joins the monitor.
+        started.recv().unwrap_or_else(|_| Err(shut_down())).map(|()| client)
     }
 }
 
@@ -351,9 +362,7 @@ struct EndGuard {
 
 impl Drop for EndGuard {
     fn drop(&mut self) {
-        self.shared.queue.close();
-        self.shared.connections.iter().for_each(|peer| peer.inbox.refuse());
-        self.shared.hub.close();
+        self.shared.end();
     }
 }
 

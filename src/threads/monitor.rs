@@ -76,7 +76,7 @@ struct Child {
 
 impl Monitor {
     /// Starts the timer and the connections. On an error the threads already
-    /// started end by themselves when the caller drops `shared`'s timer.
+    /// started have ended.
     pub(crate) fn start(
         shared: Arc<Shared>,
         notices: Receiver<Notice>,
@@ -309,7 +309,7 @@ impl Monitor {
             ending.stuck = stuck;
             ending.unsent = unsent;
         }
-        self.shared.hub.close();
+        self.shared.end();
     }
 
     fn close_outboxes(&self) -> Vec<Outgoing> {

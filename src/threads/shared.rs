@@ -67,8 +67,15 @@ pub(crate) struct Peer {
 /// The connections' states, and a way to wait for one.
 #[derive(Debug)]
 pub(crate) struct States {
-    all: Mutex<Vec<State>>,
+    all: Mutex<AllStates>,
     changed: Condvar,
+}
+
+#[derive(Debug)]
+struct AllStates {
+    of: Vec<State>,
+    /// The client has ended: nothing changes any more.
+    ended: bool,
 }
 
 impl Shared {
@@ -78,10 +85,20 @@ impl Shared {
 
     /// Enters a connection's new state and tells of it.
     pub(crate) fn transition(&self, connection: usize, from: State, to: State, reason: &str) {
-        self.states.set(connection, to);
+        if !self.states.set(connection, to) {
+            return;
+        }
         let epoch = self.connections[connection].metrics.epoch();
         let reason = reason.to_owned();
         self.emit(connection, epoch, EventKind::State { from, to, reason });
+    }
+
+    /// Nothing comes any more: everybody who waits for something hears of it.
+    pub(crate) fn end(&self) {
+        self.queue.close();
+        self.connections.iter().for_each(|peer| peer.inbox.refuse());
+        self.states.end();
+        self.hub.close();
     }
 
     pub(crate) fn ending(&self) -> MutexGuard<'_, Ending> {
@@ -116,20 +133,32 @@ impl Peer {
 
 impl States {
     pub(crate) fn new(count: usize) -> Self {
-        Self { all: Mutex::new(vec![State::Disconnected; count]), changed: Condvar::new() }
+        let of = vec![State::Disconnected; count];
+        Self { all: Mutex::new(AllStates { of, ended: false }), changed: Condvar::new() }
     }
 
     pub(crate) fn all(&self) -> Vec<State> {
-        self.lock().clone()
+        self.lock().of.clone()
     }
 
     pub(crate) fn of(&self, connection: usize) -> State {
-        self.lock()[connection]
+        self.lock().of[connection]
     }
 
-    /// Enters a state. A final one of a client that has ended stays.
-    pub(crate) fn set(&self, connection: usize, state: State) {
-        self.lock()[connection] = state;
+    /// Enters a state; `false` if the client has ended: a thread that a hook
+    /// held up past the end must not bring a final state back to life.
+    pub(crate) fn set(&self, connection: usize, state: State) -> bool {
+        let mut states = self.lock();
+        if !states.ended {
+            states.of[connection] = state;
+        }
+        self.changed.notify_all();
+        !states.ended
+    }
+
+    /// The states stay as they are from now on, and nobody waits for others.
+    pub(crate) fn end(&self) {
+        self.lock().ended = true;
         self.changed.notify_all();
     }
 
@@ -140,31 +169,35 @@ impl States {
         self.changed.notify_all();
     }
 
-    /// Waits until `reached` says so, or `until`; returns what it said last.
+    /// Waits until `reached` says so, the client has ended, or `until` has come.
     pub(crate) fn wait(
         &self,
         clock: Clock,
         until: Option<Instant>,
         reached: impl Fn(&[State]) -> bool,
-    ) -> bool {
+    ) {
         let mut states = self.lock();
-        while !reached(&states) {
+        while !states.ended && !reached(&states.of) {
             states = match until {
                 None => self.changed.wait(states).unwrap_or_else(PoisonError::into_inner),
                 Some(until) => {
                     let left = until.saturating_duration_since(clock.now());
                     if left.is_zero() {
-                        return false;
+                        return;
                     }
                     let waited = self.changed.wait_timeout(states, left);
                     waited.unwrap_or_else(PoisonError::into_inner).0
                 }
             };
         }
-        true
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<State>> {
+    /// Whether the client has ended.
+    pub(crate) fn ended(&self) -> bool {
+        self.lock().ended
+    }
+
+    fn lock(&self) -> MutexGuard<'_, AllStates> {
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
