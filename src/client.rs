@@ -3,11 +3,9 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crossbeam_channel::{
-    Receiver, RecvError, RecvTimeoutError, TryRecvError, TrySendError, bounded,
-};
+use crossbeam_channel::{Receiver, RecvError, RecvTimeoutError, TryRecvError, bounded};
 
 use crate::config::{ClientBuilder, Config, WhileDown};
 use crate::error::{Error, ErrorKind};
@@ -21,7 +19,7 @@ use crate::sender::Sender;
 use crate::threads::Spawner;
 use crate::threads::events::Hub;
 use crate::threads::inbox::Inbox;
-use crate::threads::monitor::{Monitor, NOTICES, Notice};
+use crate::threads::monitor::{Monitor, NOTICES};
 use crate::threads::queue::{NoMessage, Queue};
 use crate::threads::shared::{Peer, Shared, States};
 use crate::threads::timer::Timer;
@@ -250,24 +248,16 @@ impl Client {
         let at = self.shared.clock.after(deadline);
         self.shared.connections.iter().for_each(|peer| peer.inbox.refuse());
         // The monitor ends a little earlier, so that its verdict is in the report.
-        let margin = (deadline / 10).min(Duration::from_millis(20));
-        self.tell_monitor(Notice::Close(at - margin), at);
+        self.shared.ask_to_close(at - (deadline / 10).min(Duration::from_millis(20)));
         let own = self.shared.spawner.is_own_thread();
-        if !own && self.ended.recv_deadline(at) == Err(RecvTimeoutError::Disconnected) {
-            self.join();
+        if !own {
+            match self.ended.recv_deadline(at) {
+                Err(RecvTimeoutError::Disconnected) => self.join(),
+                // Even the monitor hangs, in an observer: nobody shall wait for it.
+                _ => self.shared.end(),
+            }
         }
         self.report(own)
-    }
-
-    fn tell_monitor(&self, notice: Notice, by: Instant) {
-        let monitor = &self.shared.spawner.monitor;
-        match monitor.try_send(notice) {
-            Err(TrySendError::Full(notice)) if !self.shared.spawner.is_own_thread() => {
-                let _ = monitor.send_deadline(notice, by);
-            }
-            // Disconnected: it has ended already.
-            _ => {}
-        }
     }
 
     fn join(&self) {
@@ -351,6 +341,7 @@ fn share(config: Config, spawner: Spawner) -> Shared {
         connections,
         restarts: Counter::default(),
         ending: Mutex::default(),
+        close_by: Mutex::default(),
     }
 }
 

@@ -10,6 +10,7 @@ use super::Spawner;
 use super::connection::ConnectionPolicy;
 use super::events::Hub;
 use super::inbox::Inbox;
+use super::monitor::Notice;
 use super::queue::Queue;
 use super::timer::Timer;
 use crate::error::{BoxError, Error};
@@ -44,6 +45,8 @@ pub(crate) struct Shared {
     pub(crate) states: States,
     pub(crate) restarts: Counter,
     pub(crate) ending: Mutex<Ending>,
+    /// The earliest deadline that a close asked for.
+    pub(crate) close_by: Mutex<Option<Instant>>,
 }
 
 /// How a client ended.
@@ -93,11 +96,27 @@ impl Shared {
         self.emit(connection, epoch, EventKind::State { from, to, reason });
     }
 
+    /// Asks the monitor to end the client by `deadline`; never waits for it.
+    pub(crate) fn ask_to_close(&self, deadline: Instant) {
+        {
+            let mut asked = self.close_by.lock().unwrap_or_else(PoisonError::into_inner);
+            *asked = Some(asked.map_or(deadline, |earlier| earlier.min(deadline)));
+        }
+        // A full channel holds notices, and each makes the monitor look.
+        // Disconnected: it has ended already.
+        let _ = self.spawner.monitor.try_send(Notice::Tick);
+    }
+
+    pub(crate) fn close_asked(&self) -> Option<Instant> {
+        *self.close_by.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Nothing comes any more: everybody who waits for something hears of it.
     pub(crate) fn end(&self) {
         self.queue.close();
         self.connections.iter().for_each(|peer| peer.inbox.refuse());
-        self.states.end();
+        let failed = self.ending().error.is_some();
+        self.states.end(if failed { State::Failed } else { State::Closed });
         self.hub.close();
     }
 
@@ -156,9 +175,16 @@ impl States {
         !states.ended
     }
 
-    /// The states stay as they are from now on, and nobody waits for others.
-    pub(crate) fn end(&self) {
-        self.lock().ended = true;
+    /// Every state is final from now on, `to` where it was not, and nobody
+    /// waits for another.
+    pub(crate) fn end(&self, to: State) {
+        let mut states = self.lock();
+        if !states.ended {
+            let open = states.of.iter_mut().filter(|state| !state.is_final());
+            open.for_each(|state| *state = to);
+            states.ended = true;
+        }
+        drop(states);
         self.changed.notify_all();
     }
 
