@@ -90,12 +90,15 @@ pub(crate) enum NoMessage {
 
 const NOBODY: u64 = u64::MAX;
 
+/// Blocks that one connection holds back while there is no room.
+pub(crate) const MAX_HELD: usize = 16;
+
 impl Queue {
     pub(crate) fn new(policy: QueuePolicy, dedup: Option<Dedup>, readers: Vec<Arc<Inbox>>) -> Self {
         // No queued block is empty, so `messages` slots hold whatever the limit
-        // admits; one more for each connection is room for what it holds when
-        // the client closes.
-        let (sender, receiver) = bounded(policy.messages + readers.len());
+        // admits; the others are room for what each connection holds when the
+        // client closes.
+        let (sender, receiver) = bounded(policy.messages + MAX_HELD * readers.len());
         let gate = Gate {
             delivered: AtomicU64::new(0),
             freed_bytes: AtomicU64::new(0),
@@ -122,8 +125,15 @@ impl Queue {
     }
 
     /// Takes in what a connection read in one turn: enters it into the books,
-    /// drops duplicates, and queues the rest.
-    pub(crate) fn offer(&self, mut block: BlockBuilder, skipped: u64, now: Instant) -> Offer {
+    /// drops duplicates, and queues the rest. A block that comes `behind` one
+    /// that is held is held as well.
+    pub(crate) fn offer(
+        &self,
+        mut block: BlockBuilder,
+        skipped: u64,
+        behind: bool,
+        now: Instant,
+    ) -> Offer {
         let mut intake = self.intake();
         let all = block.len();
         if let Some(dedup) = &mut intake.dedup {
@@ -143,6 +153,9 @@ impl Queue {
         if fresh == 0 {
             return Offer::Done { shed: 0, reason: DropReason::Closed };
         }
+        if behind {
+            return Offer::Held(block.finish());
+        }
         self.admit(&mut intake, block.finish())
     }
 
@@ -155,6 +168,11 @@ impl Queue {
     pub(crate) fn offer_last(&self, block: Block) -> Offer {
         let mut intake = self.intake();
         self.push(&mut intake, block)
+    }
+
+    /// Sheds a block that is not even held.
+    pub(crate) fn turn_away(&self, block: Block, reason: DropReason) -> usize {
+        shed(&mut self.intake(), block, reason)
     }
 
     fn admit(&self, intake: &mut Intake, mut block: Block) -> Offer {
@@ -210,7 +228,7 @@ impl Queue {
             return nothing_shed;
         }
         let sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(sender) = sender.as_ref() else { return turn_away(intake, block) };
+        let Some(sender) = sender.as_ref() else { return too_late(intake, block) };
         // A block that enters the queue counts as delivered when it is dropped.
         match sender.try_send(block.with_account(self.gate.clone())) {
             Ok(()) => {
@@ -218,7 +236,7 @@ impl Queue {
                 intake.pushed_bytes += bytes as u64;
                 nothing_shed
             }
-            Err(error) => turn_away(intake, error.into_inner().without_account()),
+            Err(error) => too_late(intake, error.into_inner().without_account()),
         }
     }
 
@@ -427,7 +445,7 @@ fn shed(intake: &mut Intake, block: Block, reason: DropReason) -> usize {
 }
 
 /// Sheds a block that comes too late.
-fn turn_away(intake: &mut Intake, block: Block) -> Offer {
+fn too_late(intake: &mut Intake, block: Block) -> Offer {
     Offer::Done { shed: shed(intake, block, DropReason::Closed), reason: DropReason::Closed }
 }
 
@@ -464,9 +482,9 @@ mod tests {
     fn what_comes_after_the_end_is_dropped_and_not_delivered() {
         let queue = queue(10, Overflow::Block);
         let now = Clock::real().now();
-        assert!(matches!(queue.offer(block(2), 0, now), Offer::Done { shed: 0, .. }));
+        assert!(matches!(queue.offer(block(2), 0, false, now), Offer::Done { shed: 0, .. }));
         queue.close();
-        assert!(matches!(queue.offer(block(3), 0, now), Offer::Done { shed: 3, .. }));
+        assert!(matches!(queue.offer(block(3), 0, false, now), Offer::Done { shed: 3, .. }));
         let (ledger, dropped) = queue.ledger();
         assert!(ledger.balanced(), "{ledger}");
         assert_eq!((ledger.delivered, ledger.in_flight, dropped.closed), (0, 2, 3));
