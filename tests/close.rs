@@ -414,15 +414,19 @@ fn whoever_waits_for_a_connection_is_released_by_a_failure() {
             .unwrap();
         lever.entered.recv_timeout(LONG).expect("an attempt");
         std::thread::scope(|scope| {
-            let waiter = scope.spawn(|| client.wait_connected(Duration::MAX));
-            let sender = (policy == WhileDown::Wait)
-                .then(|| scope.spawn(|| client.sender().send("never").unwrap_err().reason));
-            let reader = scope.spawn(|| client.recv().is_err());
+            let waiter = scope.spawn(|| timed(|| client.wait_connected(LONG)));
+            let send = || timed(|| client.sender().send_timeout("never", LONG));
+            let sender = (policy == WhileDown::Wait).then(|| scope.spawn(send));
+            let reader = scope.spawn(|| client.recv_timeout(LONG));
             lever.release.send(()).unwrap();
-            assert_eq!(waiter.join().unwrap().unwrap_err().kind(), &ErrorKind::Attempts);
-            let reason = sender.map(|sender| sender.join().unwrap());
-            assert!(reason.is_none_or(|reason| reason == SendErrorReason::Closed), "{reason:?}");
-            assert!(reader.join().unwrap());
+            let (took, result) = waiter.join().unwrap();
+            assert_eq!(result.unwrap_err().kind(), &ErrorKind::Attempts);
+            assert!(took < LONG, "{policy:?}");
+            if let Some((took, result)) = sender.map(|sender| sender.join().unwrap()) {
+                assert_eq!(result.unwrap_err().reason, SendErrorReason::Closed);
+                assert!(took < LONG);
+            }
+            assert_eq!(reader.join().unwrap().unwrap_err(), RecvTimeoutError::Disconnected);
         });
     }
 }

@@ -452,6 +452,7 @@ impl Drop for Connection {
         self.release_held();
         self.tell_all_shed();
         *self.peer().last_message() = self.resume.take();
+        self.peer().inbox.detach();
         if let Some(lookup) = self.lookup.take() {
             let name = format!("broadsock-dns-{}", self.index);
             let notice = Notice::Adopt { name, handle: lookup.handle };
