@@ -340,11 +340,9 @@ impl Queue {
     /// Waits until there may be a message, or `stop` disconnects; `false` when
     /// there will be none.
     pub(crate) fn wait_ready(&self, stop: &Receiver<()>) -> bool {
-        if !self.opened().is_empty() {
-            return true;
-        }
         self.waiting.fetch_add(1, SeqCst);
-        let ready = self.wait_block(stop);
+        // Looked at after it counts as waiting: who opens a block later nudges.
+        let ready = !self.opened().is_empty() || self.wait_block(stop);
         self.waiting.fetch_sub(1, SeqCst);
         ready
     }

@@ -71,8 +71,6 @@ pub(super) struct Epoch<'c> {
     leaving: Leaving,
     /// The deadline by which `leaving` was reckoned.
     leave_by: Option<Instant>,
-    /// What came behind the close frame and found no room: told once.
-    shed_late: usize,
 }
 
 /// How far a close has come.
@@ -129,7 +127,6 @@ impl<'c> Epoch<'c> {
             traffic: (received - behind, sent),
             leaving: Leaving::No,
             leave_by: None,
-            shed_late: 0,
         }
     }
 
@@ -138,7 +135,6 @@ impl<'c> Epoch<'c> {
     pub(super) fn run(mut self) -> EpochEnd {
         let mut end = self.serve();
         self.count_traffic();
-        self.connection.tell_shed(self.shed_late, DropReason::Closed);
         if let EpochEnd::Lost(error) = &end
             && self.leaving != Leaving::No
         {
@@ -411,14 +407,11 @@ impl<'c> Epoch<'c> {
     /// The queue is full: stop reading. What comes behind the close frame, and
     /// what a session emits without end while it is not read for, is shed.
     fn hold(&mut self, block: Block, now: Instant) {
-        let queue = &self.connection.shared.queue;
-        if matches!(self.leaving, Leaving::Sent { .. }) {
-            self.shed_late += queue.turn_away(block, DropReason::Closed);
-            return;
-        }
-        if self.connection.held.len() >= MAX_HELD {
-            let shed = queue.turn_away(block, DropReason::Newest);
-            self.connection.tell_shed(shed, DropReason::Newest);
+        let leaves = matches!(self.leaving, Leaving::Sent { .. });
+        if leaves || self.connection.held.len() >= MAX_HELD {
+            let reason = if leaves { DropReason::Closed } else { DropReason::Newest };
+            let shed = self.connection.shared.queue.turn_away(block, reason);
+            self.connection.tell_shed(shed, reason);
             return;
         }
         self.connection.held.push_back(block);
