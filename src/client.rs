@@ -3,11 +3,9 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crossbeam_channel::{
-    Receiver, RecvError, RecvTimeoutError, TryRecvError, TrySendError, bounded,
-};
+use crossbeam_channel::{Receiver, RecvError, RecvTimeoutError, TryRecvError, bounded};
 
 use crate::config::{ClientBuilder, Config, WhileDown};
 use crate::error::{Error, ErrorKind};
@@ -21,7 +19,7 @@ use crate::sender::Sender;
 use crate::threads::Spawner;
 use crate::threads::events::Hub;
 use crate::threads::inbox::Inbox;
-use crate::threads::monitor::{Monitor, NOTICES, Notice};
+use crate::threads::monitor::{Monitor, NOTICES};
 use crate::threads::queue::{NoMessage, Queue};
 use crate::threads::shared::{Peer, Shared, States};
 use crate::threads::timer::Timer;
@@ -183,6 +181,7 @@ impl Client {
         match self.state() {
             State::Connected => Ok(()),
             _ if ended() => Err(self.error().unwrap_or_else(shut_down)),
+            _ if self.shared.states.ended() => Err(shut_down()),
             State::Closed | State::Closing => Err(shut_down()),
             _ => Err(self.not_connected(timeout)),
         }
@@ -249,24 +248,16 @@ impl Client {
         let at = self.shared.clock.after(deadline);
         self.shared.connections.iter().for_each(|peer| peer.inbox.refuse());
         // The monitor ends a little earlier, so that its verdict is in the report.
-        let margin = (deadline / 10).min(Duration::from_millis(20));
-        self.tell_monitor(Notice::Close(at - margin), at);
+        self.shared.ask_to_close(at - (deadline / 10).min(Duration::from_millis(20)));
         let own = self.shared.spawner.is_own_thread();
-        if !own && self.ended.recv_deadline(at) == Err(RecvTimeoutError::Disconnected) {
-            self.join();
+        if !own {
+            match self.ended.recv_deadline(at) {
+                Err(RecvTimeoutError::Disconnected) => self.join(),
+                // Even the monitor hangs, in an observer: nobody shall wait for it.
+                _ => self.shared.end(),
+            }
         }
         self.report(own)
-    }
-
-    fn tell_monitor(&self, notice: Notice, by: Instant) {
-        let monitor = &self.shared.spawner.monitor;
-        match monitor.try_send(notice) {
-            Err(TrySendError::Full(notice)) if !self.shared.spawner.is_own_thread() => {
-                let _ = monitor.send_deadline(notice, by);
-            }
-            // Disconnected: it has ended already.
-            _ => {}
-        }
     }
 
     fn join(&self) {
@@ -304,15 +295,25 @@ impl ClientBuilder {
         let intensity = config.intensity;
         let (notices, inbox) = bounded(NOTICES);
         let shared = Arc::new(share(config, Spawner::new(notices)));
-        let monitor = Monitor::start(Arc::clone(&shared), inbox, intensity)?;
         let (guard, ended) = bounded(0);
+        let (tell, started) = bounded(1);
         let end = EndGuard { shared: Arc::clone(&shared), _ended: guard };
-        let spawner = shared.spawner.clone();
-        let handle = spawner.spawn("broadsock-monitor", usize::MAX, move || {
-            let _end = end;
-            monitor.run();
+        // The monitor starts all others: whichever thread cannot be started,
+        // somebody is there to end and join those before it.
+        let handle = shared.spawner.spawn("broadsock-monitor", usize::MAX, move || {
+            let monitor = Monitor::start(Arc::clone(&end.shared), inbox, intensity);
+            let (monitor, result) = match monitor {
+                Ok(monitor) => (Some(monitor), Ok(())),
+                Err(error) => (None, Err(error)),
+            };
+            let _ = tell.send(result);
+            if let Some(monitor) = monitor {
+                monitor.run();
+            }
         })?;
-        Ok(Client { shared, while_down, monitor: Mutex::new(Some(handle)), ended })
+        let client = Client { shared, while_down, monitor: Mutex::new(Some(handle)), ended };
+        // Dropping the client on an error joins the monitor.
+        started.recv().unwrap_or_else(|_| Err(shut_down())).map(|()| client)
     }
 }
 
@@ -340,6 +341,7 @@ fn share(config: Config, spawner: Spawner) -> Shared {
         connections,
         restarts: Counter::default(),
         ending: Mutex::default(),
+        close_by: Mutex::default(),
     }
 }
 
@@ -351,9 +353,7 @@ struct EndGuard {
 
 impl Drop for EndGuard {
     fn drop(&mut self) {
-        self.shared.queue.close();
-        self.shared.connections.iter().for_each(|peer| peer.inbox.refuse());
-        self.shared.hub.close();
+        self.shared.end();
     }
 }
 

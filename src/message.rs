@@ -258,6 +258,12 @@ impl Block {
         self.account = Some(account);
         self
     }
+
+    /// From now on nobody is told: it never entered the queue.
+    pub(crate) fn without_account(mut self) -> Self {
+        self.account = None;
+        self
+    }
 }
 
 impl Iterator for Block {

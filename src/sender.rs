@@ -128,7 +128,8 @@ impl Sender {
         if self.while_down == WhileDown::Wait {
             self.shared.states.wait(self.shared.clock, until, |states| {
                 let state = states[self.connection];
-                state == State::Connected || state == State::Closed || self.has_ended()
+                matches!(state, State::Connected | State::Closing | State::Closed)
+                    || self.has_failed()
             });
         }
         self.is_connected()
@@ -137,7 +138,8 @@ impl Sender {
     /// Why a message cannot leave while there is no connection.
     fn down(&self) -> SendErrorReason {
         let state = self.shared.states.of(self.connection);
-        if state == State::Closed || state == State::Closing || self.has_ended() {
+        let over = self.has_failed() || self.shared.states.ended();
+        if over || matches!(state, State::Closed | State::Closing) {
             SendErrorReason::Closed
         } else {
             SendErrorReason::NotConnected
@@ -145,7 +147,7 @@ impl Sender {
     }
 
     /// A connection that failed may be restarted, unless its client has failed.
-    fn has_ended(&self) -> bool {
+    fn has_failed(&self) -> bool {
         self.shared.ending().error.is_some()
     }
 

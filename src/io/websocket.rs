@@ -29,8 +29,8 @@ pub(crate) struct Limits {
 #[derive(Debug)]
 pub(crate) struct Websocket {
     ws: tungstenite::WebSocket<Counted>,
-    /// Bytes of the frames queued here; pongs and closes, which tungstenite
-    /// queues by itself, are not in it.
+    /// Bytes of the frames queued here and of pongs; a close frame, which
+    /// nothing follows, is not in it.
     produced: u64,
     /// Messages of the outbox that the kernel may not have whole, each with
     /// the value of `produced` at its end.
@@ -84,8 +84,8 @@ impl Websocket {
             let incoming = match self.ws.read() {
                 Ok(WsMessage::Text(text)) => Incoming::Text(text),
                 Ok(WsMessage::Binary(bytes)) => Incoming::Binary(bytes),
-                Ok(WsMessage::Ping(_)) => {
-                    self.dirty = true;
+                Ok(WsMessage::Ping(payload)) => {
+                    self.answer(payload.len())?;
                     Incoming::Ping
                 }
                 Ok(WsMessage::Pong(bytes)) => Incoming::Pong(bytes),
@@ -113,6 +113,15 @@ impl Websocket {
         let (code, reason) =
             unknown.unwrap_or_else(|| (frame.code.into(), frame.reason.to_string()));
         Incoming::Close { code, reason }
+    }
+
+    /// Lets the pong that tungstenite keeps ready go into its buffer, so that
+    /// its bytes are counted where they lie: a message behind it must not be
+    /// taken for written because the pong was.
+    fn answer(&mut self, len: usize) -> Result<(), Error> {
+        self.dirty = true;
+        self.produced += frame_len(len);
+        self.flush().map(drop)
     }
 
     /// Queues a message of the outbox; it is kept until the kernel has it whole.

@@ -67,6 +67,12 @@ impl Inbox {
         self.lock().waker = Some(waker);
     }
 
+    /// The thread listens no more: its waker's descriptor is let go. What is
+    /// posted waits for its successor.
+    pub(crate) fn detach(&self) {
+        self.lock().waker = None;
+    }
+
     /// Posts a signal and wakes the thread.
     pub(crate) fn post(&self, set: impl FnOnce(&mut Signals)) {
         let mut state = self.lock();

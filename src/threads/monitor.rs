@@ -33,9 +33,8 @@ pub(crate) enum Notice {
     Ended(usize),
     /// A DNS look-up that its connection could not wait for.
     Adopt { name: String, handle: JoinHandle<()> },
-    /// The client is to end by then.
-    Close(Instant),
-    /// A deadline asked of the timer came.
+    /// A deadline asked of the timer came, or a close was asked for. Any other
+    /// notice makes the monitor look at both as well.
     Tick,
 }
 
@@ -76,7 +75,7 @@ struct Child {
 
 impl Monitor {
     /// Starts the timer and the connections. On an error the threads already
-    /// started end by themselves when the caller drops `shared`'s timer.
+    /// started have ended.
     pub(crate) fn start(
         shared: Arc<Shared>,
         notices: Receiver<Notice>,
@@ -124,9 +123,9 @@ impl Monitor {
                 Notice::Ended(child) if child < self.children.len() => self.ended(child),
                 Notice::Ended(child) => self.other_ended(child),
                 Notice::Adopt { name, handle } => self.lookups.push((name, handle)),
-                Notice::Close(deadline) => self.begin_close(deadline),
                 Notice::Tick => {}
             }
+            self.hear_close();
             self.restart_due();
         }
         self.finish();
@@ -266,6 +265,14 @@ impl Monitor {
         self.begin_close(deadline);
     }
 
+    fn hear_close(&mut self) {
+        if let Some(asked) = self.shared.close_asked()
+            && self.closing.is_none_or(|earlier| asked < earlier)
+        {
+            self.begin_close(asked);
+        }
+    }
+
     /// Tells every connection to close; a second call may only bring it forward.
     fn begin_close(&mut self, deadline: Instant) {
         let deadline = self.closing.map_or(deadline, |earlier| earlier.min(deadline));
@@ -309,7 +316,7 @@ impl Monitor {
             ending.stuck = stuck;
             ending.unsent = unsent;
         }
-        self.shared.hub.close();
+        self.shared.end();
     }
 
     fn close_outboxes(&self) -> Vec<Outgoing> {
@@ -336,7 +343,7 @@ impl Monitor {
                 Ok(Notice::Adopt { name, handle }) => self.lookups.push((name, handle)),
                 Ok(Notice::Ended(child)) if child < self.children.len() => self.ended(child),
                 Ok(Notice::Ended(child)) => self.other_ended(child),
-                Ok(Notice::Close(_) | Notice::Tick) => {}
+                Ok(Notice::Tick) => {}
                 Err(_) => break,
             }
         }

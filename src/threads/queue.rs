@@ -90,12 +90,15 @@ pub(crate) enum NoMessage {
 
 const NOBODY: u64 = u64::MAX;
 
+/// Blocks that one connection holds back while there is no room.
+pub(crate) const MAX_HELD: usize = 16;
+
 impl Queue {
     pub(crate) fn new(policy: QueuePolicy, dedup: Option<Dedup>, readers: Vec<Arc<Inbox>>) -> Self {
         // No queued block is empty, so `messages` slots hold whatever the limit
-        // admits; one more for each connection is room for what it holds when
-        // the client closes.
-        let (sender, receiver) = bounded(policy.messages + readers.len());
+        // admits; the others are room for what each connection holds when the
+        // client closes.
+        let (sender, receiver) = bounded(policy.messages + MAX_HELD * readers.len());
         let gate = Gate {
             delivered: AtomicU64::new(0),
             freed_bytes: AtomicU64::new(0),
@@ -122,8 +125,15 @@ impl Queue {
     }
 
     /// Takes in what a connection read in one turn: enters it into the books,
-    /// drops duplicates, and queues the rest.
-    pub(crate) fn offer(&self, mut block: BlockBuilder, skipped: u64, now: Instant) -> Offer {
+    /// drops duplicates, and queues the rest. A block that comes `behind` one
+    /// that is held is held as well.
+    pub(crate) fn offer(
+        &self,
+        mut block: BlockBuilder,
+        skipped: u64,
+        behind: bool,
+        now: Instant,
+    ) -> Offer {
         let mut intake = self.intake();
         let all = block.len();
         if let Some(dedup) = &mut intake.dedup {
@@ -143,6 +153,9 @@ impl Queue {
         if fresh == 0 {
             return Offer::Done { shed: 0, reason: DropReason::Closed };
         }
+        if behind {
+            return Offer::Held(block.finish());
+        }
         self.admit(&mut intake, block.finish())
     }
 
@@ -155,6 +168,11 @@ impl Queue {
     pub(crate) fn offer_last(&self, block: Block) -> Offer {
         let mut intake = self.intake();
         self.push(&mut intake, block)
+    }
+
+    /// Sheds a block that is not even held.
+    pub(crate) fn turn_away(&self, block: Block, reason: DropReason) -> usize {
+        shed(&mut self.intake(), block, reason)
     }
 
     fn admit(&self, intake: &mut Intake, mut block: Block) -> Offer {
@@ -209,24 +227,17 @@ impl Queue {
         if len == 0 {
             return nothing_shed;
         }
-        let block = block.with_account(self.gate.clone());
         let sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
-        let refused = match sender.as_ref().map(|sender| sender.try_send(block)) {
-            Some(Ok(())) => {
+        let Some(sender) = sender.as_ref() else { return too_late(intake, block) };
+        // A block that enters the queue counts as delivered when it is dropped.
+        match sender.try_send(block.with_account(self.gate.clone())) {
+            Ok(()) => {
                 intake.pushed += len as u64;
                 intake.pushed_bytes += bytes as u64;
-                return nothing_shed;
+                nothing_shed
             }
-            Some(Err(error)) => Some(error.into_inner()),
-            None => None,
-        };
-        intake.pushed_bytes += if refused.is_some() { bytes as u64 } else { 0 };
-        if let Some(block) = refused {
-            forget(intake, &block);
-            block.discard();
+            Err(error) => too_late(intake, error.into_inner().without_account()),
         }
-        intake.books.shed(DropReason::Closed, len as u64);
-        Offer::Done { shed: len, reason: DropReason::Closed }
     }
 
     fn drop_oldest(&self, intake: &mut Intake, messages: usize, bytes: usize) -> usize {
@@ -329,11 +340,9 @@ impl Queue {
     /// Waits until there may be a message, or `stop` disconnects; `false` when
     /// there will be none.
     pub(crate) fn wait_ready(&self, stop: &Receiver<()>) -> bool {
-        if !self.opened().is_empty() {
-            return true;
-        }
         self.waiting.fetch_add(1, SeqCst);
-        let ready = self.wait_block(stop);
+        // Looked at after it counts as waiting: who opens a block later nudges.
+        let ready = !self.opened().is_empty() || self.wait_block(stop);
         self.waiting.fetch_sub(1, SeqCst);
         ready
     }
@@ -433,6 +442,11 @@ fn shed(intake: &mut Intake, block: Block, reason: DropReason) -> usize {
     count
 }
 
+/// Sheds a block that comes too late.
+fn too_late(intake: &mut Intake, block: Block) -> Offer {
+    Offer::Done { shed: shed(intake, block, DropReason::Closed), reason: DropReason::Closed }
+}
+
 fn forget(intake: &mut Intake, block: &Block) {
     if let Some(dedup) = &mut intake.dedup {
         block.ids().for_each(|id| {
@@ -443,4 +457,34 @@ fn forget(intake: &mut Intake, block: &Block) {
 
 fn to_usize(count: u64) -> usize {
     usize::try_from(count).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::clock::Clock;
+    use crate::message::Payload;
+
+    fn queue(messages: usize, overflow: Overflow) -> Queue {
+        let inbox = Arc::new(Inbox::new(1));
+        Queue::new(QueuePolicy { messages, bytes: 1 << 20, overflow }, None, vec![inbox])
+    }
+
+    fn block(messages: u64) -> BlockBuilder {
+        let mut block = BlockBuilder::new(0, 1, Clock::real().now());
+        (1..=messages).for_each(|n| block.push(Payload::Text("x"), n, None));
+        block
+    }
+
+    #[test]
+    fn what_comes_after_the_end_is_dropped_and_not_delivered() {
+        let queue = queue(10, Overflow::Block);
+        let now = Clock::real().now();
+        assert!(matches!(queue.offer(block(2), 0, false, now), Offer::Done { shed: 0, .. }));
+        queue.close();
+        assert!(matches!(queue.offer(block(3), 0, false, now), Offer::Done { shed: 3, .. }));
+        let (ledger, dropped) = queue.ledger();
+        assert!(ledger.balanced(), "{ledger}");
+        assert_eq!((ledger.delivered, ledger.in_flight, dropped.closed), (0, 2, 3));
+    }
 }

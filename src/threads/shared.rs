@@ -10,6 +10,7 @@ use super::Spawner;
 use super::connection::ConnectionPolicy;
 use super::events::Hub;
 use super::inbox::Inbox;
+use super::monitor::Notice;
 use super::queue::Queue;
 use super::timer::Timer;
 use crate::error::{BoxError, Error};
@@ -44,6 +45,8 @@ pub(crate) struct Shared {
     pub(crate) states: States,
     pub(crate) restarts: Counter,
     pub(crate) ending: Mutex<Ending>,
+    /// The earliest deadline that a close asked for.
+    pub(crate) close_by: Mutex<Option<Instant>>,
 }
 
 /// How a client ended.
@@ -67,8 +70,15 @@ pub(crate) struct Peer {
 /// The connections' states, and a way to wait for one.
 #[derive(Debug)]
 pub(crate) struct States {
-    all: Mutex<Vec<State>>,
+    all: Mutex<AllStates>,
     changed: Condvar,
+}
+
+#[derive(Debug)]
+struct AllStates {
+    of: Vec<State>,
+    /// The client has ended: nothing changes any more.
+    ended: bool,
 }
 
 impl Shared {
@@ -78,10 +88,36 @@ impl Shared {
 
     /// Enters a connection's new state and tells of it.
     pub(crate) fn transition(&self, connection: usize, from: State, to: State, reason: &str) {
-        self.states.set(connection, to);
+        if !self.states.set(connection, to) {
+            return;
+        }
         let epoch = self.connections[connection].metrics.epoch();
         let reason = reason.to_owned();
         self.emit(connection, epoch, EventKind::State { from, to, reason });
+    }
+
+    /// Asks the monitor to end the client by `deadline`; never waits for it.
+    pub(crate) fn ask_to_close(&self, deadline: Instant) {
+        {
+            let mut asked = self.close_by.lock().unwrap_or_else(PoisonError::into_inner);
+            *asked = Some(asked.map_or(deadline, |earlier| earlier.min(deadline)));
+        }
+        // A full channel holds notices, and each makes the monitor look.
+        // Disconnected: it has ended already.
+        let _ = self.spawner.monitor.try_send(Notice::Tick);
+    }
+
+    pub(crate) fn close_asked(&self) -> Option<Instant> {
+        *self.close_by.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nothing comes any more: everybody who waits for something hears of it.
+    pub(crate) fn end(&self) {
+        self.queue.close();
+        self.connections.iter().for_each(|peer| peer.inbox.refuse());
+        let failed = self.ending().error.is_some();
+        self.states.end(if failed { State::Failed } else { State::Closed });
+        self.hub.close();
     }
 
     pub(crate) fn ending(&self) -> MutexGuard<'_, Ending> {
@@ -116,20 +152,39 @@ impl Peer {
 
 impl States {
     pub(crate) fn new(count: usize) -> Self {
-        Self { all: Mutex::new(vec![State::Disconnected; count]), changed: Condvar::new() }
+        let of = vec![State::Disconnected; count];
+        Self { all: Mutex::new(AllStates { of, ended: false }), changed: Condvar::new() }
     }
 
     pub(crate) fn all(&self) -> Vec<State> {
-        self.lock().clone()
+        self.lock().of.clone()
     }
 
     pub(crate) fn of(&self, connection: usize) -> State {
-        self.lock()[connection]
+        self.lock().of[connection]
     }
 
-    /// Enters a state. A final one of a client that has ended stays.
-    pub(crate) fn set(&self, connection: usize, state: State) {
-        self.lock()[connection] = state;
+    /// Enters a state; `false` if the client has ended: a thread that a hook
+    /// held up past the end must not bring a final state back to life.
+    pub(crate) fn set(&self, connection: usize, state: State) -> bool {
+        let mut states = self.lock();
+        if !states.ended {
+            states.of[connection] = state;
+        }
+        self.changed.notify_all();
+        !states.ended
+    }
+
+    /// Every state is final from now on, `to` where it was not, and nobody
+    /// waits for another.
+    pub(crate) fn end(&self, to: State) {
+        let mut states = self.lock();
+        if !states.ended {
+            let open = states.of.iter_mut().filter(|state| !state.is_final());
+            open.for_each(|state| *state = to);
+            states.ended = true;
+        }
+        drop(states);
         self.changed.notify_all();
     }
 
@@ -140,31 +195,35 @@ impl States {
         self.changed.notify_all();
     }
 
-    /// Waits until `reached` says so, or `until`; returns what it said last.
+    /// Waits until `reached` says so, the client has ended, or `until` has come.
     pub(crate) fn wait(
         &self,
         clock: Clock,
         until: Option<Instant>,
         reached: impl Fn(&[State]) -> bool,
-    ) -> bool {
+    ) {
         let mut states = self.lock();
-        while !reached(&states) {
+        while !states.ended && !reached(&states.of) {
             states = match until {
                 None => self.changed.wait(states).unwrap_or_else(PoisonError::into_inner),
                 Some(until) => {
                     let left = until.saturating_duration_since(clock.now());
                     if left.is_zero() {
-                        return false;
+                        return;
                     }
                     let waited = self.changed.wait_timeout(states, left);
                     waited.unwrap_or_else(PoisonError::into_inner).0
                 }
             };
         }
-        true
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<State>> {
+    /// Whether the client has ended.
+    pub(crate) fn ended(&self) -> bool {
+        self.lock().ended
+    }
+
+    fn lock(&self) -> MutexGuard<'_, AllStates> {
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

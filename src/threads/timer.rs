@@ -1,15 +1,10 @@
 //! The timer thread: the only one that sleeps with a timeout.
 
-use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
-
 use crate::io::clock::Clock;
-
-/// Commands that may wait; the timer never blocks for long.
-const COMMANDS: usize = 256;
 
 /// Who hears that a deadline has come. Posting must not block.
 pub(crate) trait Alarm: Send + Sync {
@@ -18,76 +13,95 @@ pub(crate) trait Alarm: Send + Sync {
 
 /// Asks the timer thread for wake-ups. Each owner has one deadline, and looks
 /// for itself which of its concerns is due: a stale wake-up does nothing.
+///
+/// Asking never waits, not even when the thread has ended: a thread that a
+/// hook held up past the end of its client must be able to end as well.
 #[derive(Debug, Clone)]
 pub(crate) struct Timer {
-    commands: Sender<Command>,
-    inbox: Receiver<Command>,
+    shared: Arc<TimerShared>,
 }
 
 #[derive(Debug)]
-enum Command {
-    Arm { owner: usize, at: Instant },
-    Stop,
+struct TimerShared {
+    state: Mutex<TimerState>,
+    /// Told when there is an earlier deadline, or to stop.
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct TimerState {
+    deadlines: Deadlines,
+    stopped: bool,
 }
 
 impl Timer {
     pub(crate) fn new() -> Self {
-        let (commands, inbox) = bounded(COMMANDS);
-        Self { commands, inbox }
+        let (state, changed) = (Mutex::default(), Condvar::new());
+        Self { shared: Arc::new(TimerShared { state, changed }) }
     }
 
     /// The owner's alarm fires at `at`, or earlier if that was asked before.
     pub(crate) fn arm(&self, owner: usize, at: Instant) {
-        // It cannot be disconnected: this handle holds the other end too.
-        let _ = self.commands.send(Command::Arm { owner, at });
+        let mut state = self.lock();
+        let first = state.deadlines.first();
+        state.deadlines.arm(owner, at);
+        if state.deadlines.first() != first {
+            drop(state);
+            self.shared.changed.notify_one();
+        }
     }
 
     pub(crate) fn stop(&self) {
-        let _ = self.commands.send(Command::Stop);
+        self.lock().stopped = true;
+        self.shared.changed.notify_one();
     }
 
     /// The thread's body. `alarms[owner]` is told when its deadline has come.
     pub(crate) fn run(&self, clock: Clock, alarms: &[Arc<dyn Alarm>]) {
-        let mut deadlines = Deadlines::new(alarms.len());
-        loop {
-            let command = match deadlines.first() {
-                Some(at) => self.inbox.recv_deadline(at),
-                None => self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
-            };
-            match command {
-                Ok(Command::Arm { owner, at }) => deadlines.arm(owner, at),
-                Err(RecvTimeoutError::Timeout) => {}
-                Ok(Command::Stop) | Err(RecvTimeoutError::Disconnected) => return,
-            }
-            while let Some(owner) = deadlines.due(clock.now()) {
+        let mut state = self.lock();
+        while !state.stopped {
+            let now = clock.now();
+            if let Some(owner) = state.deadlines.due(now) {
+                drop(state);
                 alarms[owner].fire();
+                state = self.lock();
+                continue;
             }
+            state = match state.deadlines.first() {
+                None => self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(at) => {
+                    let left = at.saturating_duration_since(now);
+                    let waited = self.shared.changed.wait_timeout(state, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
         }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, TimerState> {
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// At most one deadline for each owner, the earliest first.
+#[derive(Debug, Default)]
 struct Deadlines {
     order: BTreeSet<(Instant, usize)>,
-    of: Vec<Option<Instant>>,
+    of: BTreeMap<usize, Instant>,
 }
 
 impl Deadlines {
-    fn new(owners: usize) -> Self {
-        Self { order: BTreeSet::new(), of: vec![None; owners] }
-    }
-
     fn first(&self) -> Option<Instant> {
         self.order.first().map(|(at, _)| *at)
     }
 
     fn arm(&mut self, owner: usize, at: Instant) {
-        match self.of[owner] {
+        match self.of.get(&owner).copied() {
             Some(earlier) if earlier <= at => {}
             later => {
                 later.map(|later| self.order.remove(&(later, owner)));
                 self.order.insert((at, owner));
-                self.of[owner] = Some(at);
+                self.of.insert(owner, at);
             }
         }
     }
@@ -95,7 +109,7 @@ impl Deadlines {
     fn due(&mut self, now: Instant) -> Option<usize> {
         let (_, owner) = self.order.first().copied().filter(|(at, _)| *at <= now)?;
         self.order.pop_first();
-        self.of[owner] = None;
+        self.of.remove(&owner);
         Some(owner)
     }
 }
@@ -109,7 +123,7 @@ mod tests {
     fn each_owner_has_one_deadline_and_the_earliest_counts() {
         let start = Clock::real().now();
         let at = |ms| start + Duration::from_millis(ms);
-        let mut deadlines = Deadlines::new(2);
+        let mut deadlines = Deadlines::default();
         deadlines.arm(0, at(50));
         deadlines.arm(1, at(30));
         deadlines.arm(0, at(20));
@@ -119,5 +133,16 @@ mod tests {
         assert_eq!(deadlines.due(at(40)), Some(0));
         assert_eq!(deadlines.due(at(40)), Some(1));
         assert_eq!((deadlines.due(at(99)), deadlines.first()), (None, None));
+    }
+
+    #[test]
+    fn asking_a_timer_that_has_ended_does_not_wait() {
+        let timer = Timer::new();
+        let now = Clock::real().now();
+        timer.stop();
+        timer.run(Clock::real(), &[]);
+        for ms in (0..10_000).rev() {
+            timer.arm(0, now + Duration::from_millis(ms));
+        }
     }
 }

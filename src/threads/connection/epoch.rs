@@ -8,20 +8,23 @@ use super::Connection;
 use super::guest::{Failure, Gather, Guest, Outcome};
 use crate::error::{Error, ErrorKind, Step};
 use crate::event::EventKind;
-use crate::handler::{Acts, Data, Origin, Outgoing, Resume};
+use crate::handler::{Acts, Data, MAX_SENDS, Origin, Outgoing, Resume};
 use crate::io::dial::{Dialed, timed_out};
 use crate::io::poll::Ready;
 use crate::io::upgrade::Upgraded;
 use crate::io::websocket::{Incoming, Sent, Websocket};
 use crate::logic::connection::Input;
 use crate::logic::heartbeat::{Beat, Liveness};
-use crate::message::BlockBuilder;
+use crate::message::{Block, BlockBuilder};
 use crate::metrics::DropReason;
-use crate::threads::queue::Offer;
+use crate::threads::queue::{MAX_HELD, Offer};
 
 /// Frames read, and messages written, before the other concerns get a look: a
 /// flooding peer must not starve them.
 const BUDGET: usize = 256;
+
+/// Messages of a session that may wait for a server that does not read.
+const MAX_BACKLOG: usize = 16 * MAX_SENDS;
 
 /// Payload bytes after which a block is handed over.
 const BLOCK_BYTES: usize = 256 * 1024;
@@ -66,6 +69,8 @@ pub(super) struct Epoch<'c> {
     pings: u64,
     traffic: (u64, u64),
     leaving: Leaving,
+    /// The deadline by which `leaving` was reckoned.
+    leave_by: Option<Instant>,
 }
 
 /// How far a close has come.
@@ -93,7 +98,12 @@ impl<'c> Epoch<'c> {
         let shared = &connection.shared;
         let now = shared.clock.now();
         let backlog = shared.policy.openings.iter().cloned().collect();
-        let live = Liveness::new(shared.policy.heartbeat, now);
+        let mut live = Liveness::new(shared.policy.heartbeat, now);
+        // The last epoch may have left the queue full.
+        let blocked = !connection.held.is_empty();
+        if blocked {
+            live.pause(now);
+        }
         let rest = std::mem::take(&mut dialed.upgraded.rest);
         let behind = rest.len() as u64;
         let ws = Websocket::new(dialed.stream, rest, shared.policy.limits);
@@ -111,20 +121,29 @@ impl<'c> Epoch<'c> {
             backlog,
             // The first frames may have come with the upgrade's answer.
             more: true,
-            blocked: false,
+            blocked,
             beat: None,
             ping: None,
             pings: 0,
             traffic: (received - behind, sent),
             leaving: Leaving::No,
+            leave_by: None,
         }
     }
 
     /// Serves the socket until it is lost or the client closes. Guarantees that
     /// the socket is released and nothing unsent is forgotten.
     pub(super) fn run(mut self) -> EpochEnd {
-        let end = self.serve();
+        let mut end = self.serve();
         self.count_traffic();
+        if let EpochEnd::Lost(error) = &end
+            && self.leaving != Leaving::No
+        {
+            // The server left first, and without a word: closed all the same.
+            let chain = error.chain();
+            log::info!("connection {} ended while closing: {chain}", self.connection.index);
+            end = EpochEnd::Closed;
+        }
         if let EpochEnd::Lost(error) = &end {
             self.say_why(error);
         }
@@ -202,9 +221,7 @@ impl<'c> Epoch<'c> {
 
     fn hear(&mut self) -> Result<(), EpochEnd> {
         self.connection.hear();
-        if let Some(deadline) = self.connection.closing
-            && self.leaving == Leaving::No
-        {
+        if let Some(deadline) = self.connection.closing {
             if self.opening.is_some() {
                 // No peer to take leave of: the session never began.
                 self.connection.step(Input::Close, "the client closes");
@@ -216,14 +233,27 @@ impl<'c> Epoch<'c> {
         Ok(())
     }
 
-    /// Begins to close: what programs have queued is sent first.
+    /// Begins to close, or hurries up after a close with less time: what
+    /// programs have queued is sent first.
     fn leave(&mut self, deadline: Instant) {
+        if self.leave_by.replace(deadline) == Some(deadline) {
+            return;
+        }
         let now = self.now();
         // A fifth is left for the thread's end and its join.
         let time = deadline.saturating_duration_since(now).mul_f32(0.8);
         let time = time.min(self.connection.shared.policy.close_timeout);
-        self.leaving = Leaving::Draining { until: now + time / 2, end: now + time };
-        self.connection.step(Input::Close, "the client closes");
+        let (half, whole) = (now + time / 2, now + time);
+        match &mut self.leaving {
+            Leaving::No => {
+                self.leaving = Leaving::Draining { until: half, end: whole };
+                self.connection.step(Input::Close, "the client closes");
+            }
+            Leaving::Draining { until, end } => {
+                (*until, *end) = (half.min(*until), whole.min(*end));
+            }
+            Leaving::Sent { end } => *end = whole.min(*end),
+        }
     }
 
     /// Goes on reading if the queue has room again.
@@ -232,12 +262,14 @@ impl<'c> Epoch<'c> {
             self.blocked = false;
             let now = self.now();
             self.live.resume(now);
-            self.connection.emit(EventKind::Blocked(false));
         }
     }
 
+    /// A session that opens is read for even if an earlier epoch left the queue
+    /// full: what it waits for may be next.
     fn can_read(&self) -> bool {
-        self.more && !self.blocked
+        let opens = self.opening.is_some() && self.connection.held.len() < MAX_HELD;
+        self.more && (!self.blocked || opens)
     }
 
     /// Reads up to a block. What was read before an error is handed over all
@@ -360,12 +392,10 @@ impl<'c> Epoch<'c> {
             return Ok(());
         }
         let now = self.now();
-        match self.connection.shared.queue.offer(gather.block, skipped, now) {
+        let behind = !self.connection.held.is_empty();
+        match self.connection.shared.queue.offer(gather.block, skipped, behind, now) {
             Offer::Done { shed, reason } => self.connection.tell_shed(shed, reason),
-            Offer::Held(block) => {
-                self.connection.held = Some(block);
-                self.block(now);
-            }
+            Offer::Held(block) => self.hold(block, now),
             Offer::Disconnect { shed } => {
                 self.connection.tell_shed(shed, DropReason::Disconnect);
                 let phrase = "the consumers are too slow: queue full, overflow policy `disconnect`";
@@ -375,15 +405,22 @@ impl<'c> Epoch<'c> {
         Ok(())
     }
 
-    /// The queue is full: stop reading, unless the client closes anyway.
-    fn block(&mut self, now: Instant) {
-        if self.leaving != Leaving::No {
-            self.connection.release_held();
+    /// The queue is full: stop reading. What comes behind the close frame, and
+    /// what a session emits without end while it is not read for, is shed.
+    fn hold(&mut self, block: Block, now: Instant) {
+        let leaves = matches!(self.leaving, Leaving::Sent { .. });
+        if leaves || self.connection.held.len() >= MAX_HELD {
+            let reason = if leaves { DropReason::Closed } else { DropReason::Newest };
+            let shed = self.connection.shared.queue.turn_away(block, reason);
+            self.connection.tell_shed(shed, reason);
             return;
         }
-        self.blocked = true;
-        self.live.pause(now);
-        self.connection.emit(EventKind::Blocked(true));
+        self.connection.held.push_back(block);
+        if !self.blocked {
+            self.blocked = true;
+            self.live.pause(now);
+            self.connection.emit(EventKind::Blocked(true));
+        }
     }
 
     fn write(&mut self, now: Instant) -> Result<(), EpochEnd> {
@@ -406,6 +443,9 @@ impl<'c> Epoch<'c> {
     }
 
     fn write_backlog(&mut self) -> Result<(), EpochEnd> {
+        if matches!(self.leaving, Leaving::Sent { .. }) {
+            return Ok(());
+        }
         while let Some(message) = self.backlog.front() {
             if !self.ws.has_room() || self.ws.send_once(message)? == Sent::Full {
                 break;
@@ -550,7 +590,7 @@ impl<'c> Epoch<'c> {
             return Err(self.fail(failure));
         }
         let Acts { sends, ready, healthy, .. } = acts;
-        self.backlog.extend(sends);
+        self.queue_sends(sends)?;
         if healthy {
             self.connection.machine.mark_healthy();
         }
@@ -558,6 +598,22 @@ impl<'c> Epoch<'c> {
             self.ready();
         }
         Ok(())
+    }
+
+    /// Takes what a session sends; nothing follows a close frame.
+    fn queue_sends(&mut self, sends: Vec<Outgoing>) -> Result<(), EpochEnd> {
+        let limit = self.connection.shared.policy.limits.max_message;
+        let phrase = if sends.iter().any(|message| message.len() > limit) {
+            "the session sends a message larger than max_message_size".to_owned()
+        } else if self.backlog.len() + sends.len() > MAX_BACKLOG {
+            format!("more than {MAX_BACKLOG} messages of the session wait for the server to read")
+        } else {
+            if !matches!(self.leaving, Leaving::Sent { .. }) {
+                self.backlog.extend(sends);
+            }
+            return Ok(());
+        };
+        Err(Error::new(ErrorKind::Session, phrase).into())
     }
 
     fn fail(&mut self, failure: Failure) -> EpochEnd {

@@ -10,6 +10,7 @@ mod epoch;
 mod guest;
 mod ids;
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -81,8 +82,11 @@ pub(crate) struct Connection {
     index: usize,
     poller: Poller,
     machine: Machine,
-    /// What the queue had no room for; nothing is read until it is gone.
-    held: Option<Block>,
+    /// What the queue had no room for, in its order: at most [`MAX_HELD`] blocks.
+    /// Nothing is read until they are gone, which may be in a later epoch.
+    ///
+    /// [`MAX_HELD`]: super::queue::MAX_HELD
+    held: VecDeque<Block>,
     /// The last message received, for the next session.
     resume: Option<Resume>,
     /// The earliest wake-up that the timer was asked for.
@@ -126,7 +130,7 @@ impl Connection {
             index,
             poller,
             machine,
-            held: None,
+            held: VecDeque::new(),
             resume,
             armed: None,
             lookup: None,
@@ -245,7 +249,6 @@ impl Connection {
     fn back_off(&mut self, delay: Duration) {
         let until = self.shared.clock.after(delay);
         while self.closing.is_none() && self.shared.clock.now() < until {
-            self.offer_held();
             if self.park(until, &mut |_| {}).is_err() {
                 return;
             }
@@ -287,29 +290,29 @@ impl Connection {
 
     /// Offers what is held; `true` when nothing is held any more.
     fn offer_held(&mut self) -> bool {
-        let Some(block) = self.held.take() else { return true };
-        match self.shared.queue.offer_again(block) {
-            Offer::Held(block) => {
-                self.held = Some(block);
-                false
-            }
-            Offer::Done { shed, reason } => {
-                self.tell_shed(shed, reason);
-                true
-            }
-            Offer::Disconnect { shed } => {
-                self.tell_shed(shed, DropReason::Disconnect);
-                true
+        if self.held.is_empty() {
+            return true;
+        }
+        while let Some(block) = self.held.pop_front() {
+            match self.shared.queue.offer_again(block) {
+                Offer::Held(block) => {
+                    self.held.push_front(block);
+                    return false;
+                }
+                Offer::Done { shed, reason } => self.tell_shed(shed, reason),
+                Offer::Disconnect { shed } => self.tell_shed(shed, DropReason::Disconnect),
             }
         }
+        self.emit(EventKind::Blocked(false));
+        true
     }
 
     /// Hands what is held to a queue that takes it, room or not: the client ends.
     fn release_held(&mut self) {
-        if let Some(block) = self.held.take()
-            && let Offer::Done { shed, reason } = self.shared.queue.offer_last(block)
-        {
-            self.tell_shed(shed, reason);
+        while let Some(block) = self.held.pop_front() {
+            if let Offer::Done { shed, reason } = self.shared.queue.offer_last(block) {
+                self.tell_shed(shed, reason);
+            }
         }
     }
 
@@ -399,6 +402,7 @@ impl Driver for Connection {
         let inbox = &self.shared.connections[self.index].inbox;
         let waited = self.poller.wait(|| inbox.posted(false), tell);
         self.hear();
+        self.offer_held();
         if self.closing.is_some() {
             return Err(DialEnd::Stopped);
         }
@@ -448,6 +452,7 @@ impl Drop for Connection {
         self.release_held();
         self.tell_all_shed();
         *self.peer().last_message() = self.resume.take();
+        self.peer().inbox.detach();
         if let Some(lookup) = self.lookup.take() {
             let name = format!("broadsock-dns-{}", self.index);
             let notice = Notice::Adopt { name, handle: lookup.handle };

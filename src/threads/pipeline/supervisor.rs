@@ -154,7 +154,7 @@ impl<H: Handler> Supervisor<H> {
             match notice {
                 Notice::Ended(child) => self.ended(child),
                 // Whoever posts these has put what to look at into the flow.
-                Notice::Close(_) | Notice::Tick | Notice::Adopt { .. } => {}
+                Notice::Tick | Notice::Adopt { .. } => {}
             }
             self.restart_due();
             self.report_slow();

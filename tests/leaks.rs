@@ -1,0 +1,252 @@
+//! No thread, descriptor, TCP connection or memory is left behind: counted for
+//! the whole process, so this file has one test, which takes one thing at a time.
+#![cfg(all(feature = "testing", target_os = "linux"))]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod scenes;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::process::Command;
+use std::time::Duration;
+
+use broadsock::crossbeam_channel::bounded;
+use broadsock::testing::{Script, Server};
+use broadsock::{Backoff, Client, ErrorKind, Intensity};
+use scenes::LONG;
+
+#[test]
+fn nothing_is_left_behind() {
+    clients_that_connected();
+    clients_over_tls();
+    clients_that_failed();
+    clients_dropped_in_each_state();
+    clients_with_many_connections();
+    clients_that_could_not_start();
+    reconnects();
+    losses_by_fin();
+    too_few_descriptors_for_every_thread();
+}
+
+fn clients_that_connected() {
+    let server = serve(Script::new().upgrade().send("a").hold());
+    nothing_stays("clients that connected", || {
+        for _ in 0..1000 {
+            let client = Client::builder(server.url()).start().unwrap();
+            assert_eq!(client.recv_timeout(LONG).unwrap().text(), Some("a"));
+        }
+        no_connection_is_left(&server);
+    });
+}
+
+#[cfg(feature = "tls")]
+fn clients_over_tls() {
+    let script = Script::new().upgrade().send("a").hold();
+    let server = Server::script([script]).start_tls().unwrap();
+    let builder = Client::builder(server.url()).root_certificate(server.ca_pem().unwrap());
+    // The platform's library keeps what it loads at its first use.
+    assert!(builder.clone().start().unwrap().recv_timeout(LONG).is_ok());
+    nothing_stays("clients over TLS", || {
+        for _ in 0..50 {
+            let client = builder.clone().start().unwrap();
+            assert_eq!(client.recv_timeout(LONG).unwrap().text(), Some("a"));
+        }
+        no_connection_is_left(&server);
+    });
+}
+
+#[cfg(not(feature = "tls"))]
+fn clients_over_tls() {}
+
+fn clients_that_failed() {
+    let server = serve(Script::new().status(404, []));
+    let never = Intensity { restarts: 0, within: LONG };
+    nothing_stays("clients that failed", || {
+        for _ in 0..100 {
+            let client = Client::builder(server.url()).restart_intensity(never).start().unwrap();
+            assert!(client.recv_timeout(LONG).is_err());
+            assert!(client.error().is_some());
+        }
+        no_connection_is_left(&server);
+    });
+    // Those that failed and are not dropped hold no thread and no descriptor.
+    let mut kept = Vec::new();
+    nothing_stays("clients that failed and are kept", || {
+        for _ in 0..20 {
+            let client = Client::builder(server.url()).restart_intensity(never).start().unwrap();
+            assert!(client.recv_timeout(LONG).is_err());
+            kept.push(client);
+        }
+        no_connection_is_left(&server);
+    });
+}
+
+fn clients_dropped_in_each_state() {
+    for make in scenes::all() {
+        let mut name = "";
+        nothing_stays("a client dropped in some state", || {
+            let scene = make();
+            name = scene.name;
+            drop(scene);
+        });
+        assert!(!name.is_empty());
+    }
+}
+
+fn clients_with_many_connections() {
+    let server = serve(Script::new().upgrade().send("a").hold());
+    nothing_stays("clients with many connections", || {
+        for _ in 0..5 {
+            let builder = (0..20).fold(Client::unconnected(), |b, _| b.endpoint(server.url()));
+            let client = builder.start().unwrap();
+            (0..20).for_each(|_| assert!(client.recv_timeout(LONG).is_ok()));
+        }
+        no_connection_is_left(&server);
+    });
+}
+
+fn clients_that_could_not_start() {
+    nothing_stays("clients that could not start", || {
+        for _ in 0..100 {
+            let error = Client::builder("http://localhost/").start().unwrap_err();
+            assert_eq!(error.kind(), &ErrorKind::Url);
+            let error = Client::builder("ws://localhost/").queue(0).start().unwrap_err();
+            assert_eq!(error.kind(), &ErrorKind::Setting("queue"));
+        }
+    });
+}
+
+fn reconnects() {
+    let server = serve(Script::new().upgrade().send("a").cut());
+    nothing_stays("reconnects", || {
+        let at_once = Backoff::constant(Duration::ZERO);
+        let client = Client::builder(server.url()).backoff(at_once).start().unwrap();
+        let read = |count| (0..count).for_each(|_| drop(client.recv_timeout(LONG).unwrap()));
+        read(100);
+        let before = resident();
+        read(900);
+        assert_eq!(clients_threads(), 3, "{:?}", threads());
+        let grown = resident().saturating_sub(before);
+        assert!(grown < 6 << 20, "900 reconnects took {grown} bytes more");
+        assert!(client.metrics().connections[0].reconnects >= 999);
+        drop(client);
+        no_connection_is_left(&server);
+    });
+}
+
+/// A server that says nothing but FIN leaves the rest to the client.
+fn losses_by_fin() {
+    let server = serve(Script::new().upgrade().send("a").fin());
+    nothing_stays("losses by FIN", || {
+        let at_once = Backoff::constant(Duration::ZERO);
+        let client = Client::builder(server.url()).backoff(at_once).start().unwrap();
+        (0..100).for_each(|_| assert!(client.recv_timeout(LONG).is_ok()));
+        drop(client);
+        no_connection_is_left(&server);
+    });
+}
+
+/// In a process of its own, for the limit is the process's.
+fn too_few_descriptors_for_every_thread() {
+    let ran = Command::new("sh")
+        .args(["-c", r#"ulimit -n 40 && exec "$0" "$@""#])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "with_forty_descriptors", "--ignored"])
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&ran.stdout);
+    assert!(ran.status.success() && told.contains("1 passed"), "{told}");
+}
+
+#[test]
+#[ignore = "run by the other one with few descriptors"]
+fn with_forty_descriptors() {
+    nothing_stays("clients for which there were too few descriptors", || {
+        for _ in 0..5 {
+            let many = |b: broadsock::ClientBuilder, _| b.endpoint("ws://127.0.0.1:1/");
+            let error = (0..30).fold(Client::unconnected(), many).start().unwrap_err();
+            assert_eq!(error.kind(), &ErrorKind::Spawn);
+        }
+    });
+    // What there is suffices for one again.
+    Client::builder("ws://127.0.0.1:1/").start().unwrap();
+}
+
+// Helpers.
+
+fn serve(script: Script) -> Server {
+    Server::script([script]).start().unwrap()
+}
+
+/// Threads and descriptors are, in the end, as they were before.
+fn nothing_stays(what: &str, run: impl FnOnce()) {
+    // Numbers, for a thread has not its own name from the first instant on.
+    let counts = || (threads().values().sum::<usize>(), descriptors());
+    let before = counts();
+    run();
+    let after = |()| format!("{what}: {before:?} became {:?}: {:?}", counts(), threads());
+    wait(|| counts() == before).map_err(after).unwrap();
+}
+
+fn no_connection_is_left(server: &Server) {
+    assert!(server.wait_live(0, LONG), "{:?}", server.stats());
+    let port = server.addr().port();
+    wait(|| connections(port).is_empty()).map_err(|()| connections(port)).unwrap();
+}
+
+/// Waits for a condition that nothing announces.
+fn wait(met: impl Fn() -> bool) -> Result<(), ()> {
+    let (_never, waits) = bounded::<()>(1);
+    for _ in 0..LONG.as_millis() / 5 {
+        if met() {
+            return Ok(());
+        }
+        let _ = waits.recv_timeout(Duration::from_millis(5));
+    }
+    Err(())
+}
+
+/// The names of this process's threads, as the system cuts them, and how many
+/// there are of each.
+fn threads() -> BTreeMap<String, usize> {
+    let mut names = BTreeMap::new();
+    for task in fs::read_dir("/proc/self/task").unwrap() {
+        // It may have ended meanwhile.
+        if let Ok(name) = fs::read_to_string(task.unwrap().path().join("comm")) {
+            *names.entry(name.trim().to_owned()).or_default() += 1;
+        }
+    }
+    names
+}
+
+/// How many threads are a client's.
+fn clients_threads() -> usize {
+    let mut names = threads();
+    names.retain(|name, _| name.starts_with("broadsock-") && !name.starts_with("broadsock-test"));
+    names.values().sum()
+}
+
+fn descriptors() -> usize {
+    fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// Bytes in memory.
+fn resident() -> usize {
+    let statm = fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: usize = statm.split(' ').nth(1).unwrap().parse().unwrap();
+    pages * 4096
+}
+
+/// TCP connections of a port that are neither listening nor over: those that
+/// some side still has to close.
+fn connections(port: u16) -> Vec<String> {
+    let over = ["06", "07", "0A"];
+    let port = format!(":{port:04X}");
+    let table = fs::read_to_string("/proc/net/tcp").unwrap();
+    let rows = table.lines().skip(1).filter(|row| {
+        let mut columns = row.split_whitespace().skip(1);
+        let ends = [columns.next().unwrap(), columns.next().unwrap()];
+        ends.iter().any(|end| end.ends_with(&port)) && !over.contains(&columns.next().unwrap())
+    });
+    rows.map(str::to_owned).collect()
+}
