@@ -279,11 +279,12 @@ impl Queue {
         self.intake().dedup.as_ref()?.state(id.to_u128(), now)
     }
 
-    /// The books at one instant. `delivered` is read first: it never exceeds
-    /// what was accepted before.
+    /// The books at one instant: while the lock is held nothing is accepted or
+    /// shed, and only what was accepted before can be delivered.
     pub(crate) fn ledger(&self) -> (Ledger, Dropped) {
+        let intake = self.intake();
         let delivered = self.gate.delivered.load(SeqCst);
-        let books = &self.intake().books;
+        let books = &intake.books;
         let dropped = Dropped {
             oldest: books.dropped_by(DropReason::Oldest),
             newest: books.dropped_by(DropReason::Newest),
