@@ -68,6 +68,8 @@ pub(super) struct Epoch<'c> {
     ping: Option<(u64, Instant)>,
     pings: u64,
     traffic: (u64, u64),
+    /// Bytes sent up to the last look for progress.
+    written: u64,
     leaving: Leaving,
     /// The deadline by which `leaving` was reckoned.
     leave_by: Option<Instant>,
@@ -126,6 +128,7 @@ impl<'c> Epoch<'c> {
             ping: None,
             pings: 0,
             traffic: (received - behind, sent),
+            written: sent,
             leaving: Leaving::No,
             leave_by: None,
         }
@@ -428,14 +431,15 @@ impl<'c> Epoch<'c> {
         if self.may_send() {
             self.write_outbox()?;
         }
-        let sent = self.traffic.1;
         let clear = self.ws.flush()?;
         self.count_traffic();
+        // Reading writes too, where pongs wait: so this is since the last turn.
+        let progress = std::mem::replace(&mut self.written, self.traffic.1) != self.traffic.1;
         if clear {
             self.live.on_write_clear();
         } else {
             self.live.on_write_blocked(now);
-            if self.traffic.1 != sent {
+            if progress {
                 self.live.on_write_progress(now);
             }
         }
