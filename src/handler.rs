@@ -182,6 +182,18 @@ impl<'a> From<&'a [u8]> for Data<'a> {
     }
 }
 
+impl Payload<'_> {
+    /// The payload as a session sees it.
+    pub(crate) fn data(&self) -> Data<'_> {
+        match self {
+            Payload::Text(text) => Data::Text(text),
+            Payload::Binary(bytes) => Data::Binary(bytes),
+            Payload::OwnedText(text) => Data::Text(text),
+            Payload::OwnedBinary(bytes) => Data::Binary(bytes),
+        }
+    }
+}
+
 impl<'a> From<Data<'a>> for Payload<'a> {
     fn from(data: Data<'a>) -> Self {
         match data {

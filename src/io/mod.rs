@@ -2,6 +2,8 @@
 
 pub(crate) mod clock;
 pub(crate) mod dial;
+mod feed;
+mod frame;
 pub(crate) mod poll;
 pub(crate) mod socket;
 pub(crate) mod target;

@@ -1,21 +1,23 @@
 //! The WebSocket on a stream: tungstenite, with its traps handled.
 
 use std::collections::VecDeque;
-use std::io::{self, Read, Write};
+use std::io;
 
 use tungstenite::protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode};
 use tungstenite::{Bytes, Error as WsError, Message as WsMessage, Utf8Bytes};
 
+use super::feed::{Feed, Next};
 use super::poll::{Poller, Ready};
 use super::socket::{Socket, Stream};
 use crate::error::{Error, ErrorKind};
 use crate::handler::{Body, Outgoing};
+use crate::message::Payload;
 
 /// Frames gather up to this size before they are written without a flush.
 const WRITE_BUFFER: usize = 64 * 1024;
 
-/// The longest close frame of a server (RFC 6455, section 5.5).
-const CLOSE_FRAME: usize = 127;
+/// tungstenite reads control frames and fragments only, out of a larger buffer.
+const CONTROL_BUFFER: usize = 1024;
 
 /// Size limits of one WebSocket.
 #[derive(Debug, Clone, Copy)]
@@ -28,7 +30,7 @@ pub(crate) struct Limits {
 /// An open WebSocket on a non-blocking stream.
 #[derive(Debug)]
 pub(crate) struct Websocket {
-    ws: tungstenite::WebSocket<Counted>,
+    ws: tungstenite::WebSocket<Feed>,
     /// Bytes of the frames queued here and of pongs; a close frame, which
     /// nothing follows, is not in it.
     produced: u64,
@@ -42,8 +44,8 @@ pub(crate) struct Websocket {
 /// What was read.
 #[derive(Debug)]
 pub(crate) enum Incoming {
-    Text(Utf8Bytes),
-    Binary(Bytes),
+    /// A data message, which was shown to the function given.
+    Data,
     Ping,
     Pong(Bytes),
     /// The server closes; its code, 1005 if it gave none, and its reason.
@@ -65,25 +67,56 @@ impl Websocket {
     /// Takes over a stream after its upgrade; `rest` was read behind the head.
     pub(crate) fn new(stream: Stream, rest: Vec<u8>, limits: Limits) -> Self {
         let config = WebSocketConfig::default()
-            .read_buffer_size(limits.read_buffer)
+            .read_buffer_size(CONTROL_BUFFER)
             .write_buffer_size(WRITE_BUFFER)
             // One message of the largest size fits behind a full buffer.
             .max_write_buffer_size(limits.max_message.saturating_add(2 * WRITE_BUFFER))
             .max_message_size(Some(limits.max_message))
             .max_frame_size(Some(limits.max_message));
-        let mut counted = Counted { stream, written: 0, tail: Vec::with_capacity(CLOSE_FRAME) };
-        counted.keep_tail(&rest);
-        let ws =
-            tungstenite::WebSocket::from_partially_read(counted, rest, Role::Client, Some(config));
+        let feed = Feed::new(stream, rest, limits.read_buffer, limits.max_message);
+        let ws = tungstenite::WebSocket::from_raw_socket(feed, Role::Client, Some(config));
         Self { ws, produced: 0, unfinished: VecDeque::new(), dirty: false }
     }
 
-    /// Reads one message or control frame; `None` when the socket has no more.
-    pub(crate) fn read(&mut self) -> Result<Option<Incoming>, Error> {
+    /// Reads one message, which is shown to `data`, or a control frame; `None`
+    /// when the socket has no more.
+    pub(crate) fn read(
+        &mut self,
+        data: impl FnOnce(Payload<'_>),
+    ) -> Result<Option<Incoming>, Error> {
         loop {
+            match self.ws.get_mut().next() {
+                Ok(Next::Whole { text, start, len }) => {
+                    let payload = self.ws.get_ref().payload(start, len);
+                    data(if text {
+                        Payload::Text(utf8(payload)?)
+                    } else {
+                        Payload::Binary(payload)
+                    });
+                    return Ok(Some(Incoming::Data));
+                }
+                Ok(Next::Large { text, payload }) => {
+                    let payload = Bytes::from(payload);
+                    data(if text {
+                        Payload::OwnedText(Utf8Bytes::try_from(payload).map_err(not_utf8)?)
+                    } else {
+                        Payload::OwnedBinary(payload)
+                    });
+                    return Ok(Some(Incoming::Data));
+                }
+                Ok(Next::Passed) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) => return Err(lost(error.into())),
+            }
             let incoming = match self.ws.read() {
-                Ok(WsMessage::Text(text)) => Incoming::Text(text),
-                Ok(WsMessage::Binary(bytes)) => Incoming::Binary(bytes),
+                Ok(WsMessage::Text(text)) => {
+                    data(Payload::OwnedText(text));
+                    Incoming::Data
+                }
+                Ok(WsMessage::Binary(bytes)) => {
+                    data(Payload::OwnedBinary(bytes));
+                    Incoming::Data
+                }
                 Ok(WsMessage::Ping(payload)) => {
                     self.answer(payload.len())?;
                     Incoming::Ping
@@ -91,14 +124,27 @@ impl Websocket {
                 Ok(WsMessage::Pong(bytes)) => Incoming::Pong(bytes),
                 Ok(WsMessage::Close(frame)) => {
                     self.dirty = true;
+                    self.ws.get_mut().pass_all();
                     self.closed(frame)
                 }
                 Ok(WsMessage::Frame(_)) => continue,
-                Err(error) if would_block(&error) => return Ok(None),
+                // The socket has no more for now, or tungstenite has had all of
+                // what was passed to it.
+                Err(error) if would_block(&error) => {
+                    if self.ws.get_ref().is_passing() {
+                        return Ok(None);
+                    }
+                    continue;
+                }
                 Err(error) => return Err(lost(error)),
             };
             return Ok(Some(incoming));
         }
+    }
+
+    /// Lets go of memory that an idle connection does not need.
+    pub(crate) fn shrink(&mut self) {
+        self.ws.get_mut().shrink();
     }
 
     /// tungstenite takes a code that it does not know for a violation, and shows
@@ -109,7 +155,10 @@ impl Websocket {
             return Incoming::Close { code: 1005, reason: String::new() };
         };
         let replaced = frame.code == CloseCode::Protocol && frame.reason == "Protocol violation";
-        let unknown = replaced.then(|| self.ws.get_ref().unknown_close()).flatten();
+        let raw = replaced.then(|| self.ws.get_ref().close_frame()).flatten();
+        let unknown = raw
+            .filter(|(code, _)| matches!(code, 1014 | 1016..=2999))
+            .map(|(code, reason)| (code, String::from_utf8_lossy(reason).into_owned()));
         let (code, reason) =
             unknown.unwrap_or_else(|| (frame.code.into(), frame.reason.to_string()));
         Incoming::Close { code, reason }
@@ -173,7 +222,7 @@ impl Websocket {
             Ok(()) => {
                 self.dirty = false;
                 self.unfinished.clear();
-                self.produced = self.ws.get_ref().written;
+                self.produced = self.ws.get_ref().written();
                 Ok(true)
             }
             Err(error) if would_block(&error) => {
@@ -186,7 +235,7 @@ impl Websocket {
 
     /// Whether more may be queued: the buffer holds less than its usual size.
     pub(crate) fn has_room(&self) -> bool {
-        self.produced.saturating_sub(self.ws.get_ref().written) < WRITE_BUFFER as u64
+        self.produced.saturating_sub(self.ws.get_ref().written()) < WRITE_BUFFER as u64
     }
 
     /// The outbox's messages of which the kernel does not have every byte: the
@@ -197,7 +246,7 @@ impl Websocket {
     }
 
     fn forget_finished(&mut self) {
-        let written = self.ws.get_ref().written;
+        let written = self.ws.get_ref().written();
         while self.unfinished.front().is_some_and(|(end, _)| *end <= written) {
             self.unfinished.pop_front();
         }
@@ -217,16 +266,16 @@ impl Websocket {
 
     /// Takes note of what a wait brought; whether it concerned this socket.
     pub(crate) fn on_ready(&mut self, ready: Ready) -> bool {
-        self.ws.get_mut().stream.socket_mut().on_ready(ready)
+        self.ws.get_mut().stream_mut().socket_mut().on_ready(ready)
     }
 
     pub(crate) fn socket(&self) -> &Socket {
-        self.ws.get_ref().stream.socket()
+        self.ws.get_ref().stream().socket()
     }
 
     /// Guarantees that the socket is closed and no longer watched.
     pub(crate) fn release(mut self, poller: &mut Poller) {
-        self.ws.get_mut().stream.socket_mut().release(poller);
+        self.ws.get_mut().stream_mut().socket_mut().release(poller);
     }
 }
 
@@ -268,52 +317,10 @@ fn lost(error: WsError) -> Error {
     }
 }
 
-/// Counts the bytes the layer below accepted, before any encryption, and keeps
-/// the last ones read, which are a close frame at the end.
-#[derive(Debug)]
-struct Counted {
-    stream: Stream,
-    written: u64,
-    tail: Vec<u8>,
+fn utf8(payload: &[u8]) -> Result<&str, Error> {
+    std::str::from_utf8(payload).map_err(not_utf8)
 }
 
-impl Counted {
-    fn keep_tail(&mut self, read: &[u8]) {
-        let new = &read[read.len().saturating_sub(CLOSE_FRAME)..];
-        let excess = (self.tail.len() + new.len()).saturating_sub(CLOSE_FRAME);
-        self.tail.drain(..excess);
-        self.tail.extend_from_slice(new);
-    }
-
-    /// Code and reason of a close frame at the very end, if tungstenite does
-    /// not know the code.
-    fn unknown_close(&self) -> Option<(u16, String)> {
-        let frame = (0..self.tail.len()).map(|at| &self.tail[at..]).find_map(|frame| {
-            let (head, payload) = frame.split_first_chunk::<4>()?;
-            let code = u16::from_be_bytes([head[2], head[3]]);
-            let whole = head[0] == 0x88 && usize::from(head[1]) == payload.len() + 2;
-            (whole && matches!(code, 1014 | 1016..=2999)).then_some((code, payload))
-        });
-        frame.map(|(code, reason)| (code, String::from_utf8_lossy(reason).into_owned()))
-    }
-}
-
-impl Read for Counted {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let count = self.stream.read(buf)?;
-        self.keep_tail(&buf[..count]);
-        Ok(count)
-    }
-}
-
-impl Write for Counted {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        let count = self.stream.write(buf)?;
-        self.written += count as u64;
-        Ok(count)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.stream.flush()
-    }
+fn not_utf8(error: std::str::Utf8Error) -> Error {
+    Error::caused(ErrorKind::Protocol, "a text message is not UTF-8", error)
 }

@@ -7,7 +7,6 @@ pub(crate) mod backoff;
 pub(crate) mod batch;
 pub(crate) mod connection;
 pub(crate) mod dedup;
-pub(crate) mod frame;
 pub(crate) mod heartbeat;
 pub(crate) mod identity;
 pub(crate) mod ledger;

@@ -2,13 +2,14 @@
 //! time, wait.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Connection;
 use super::guest::{Failure, Gather, Guest, Outcome};
 use crate::error::{Error, ErrorKind, Step};
 use crate::event::EventKind;
-use crate::handler::{Acts, Data, MAX_SENDS, Origin, Outgoing, Resume};
+use crate::handler::{Acts, MAX_SENDS, Origin, Outgoing, Resume};
 use crate::io::dial::{Dialed, timed_out};
 use crate::io::poll::Ready;
 use crate::io::upgrade::Upgraded;
@@ -19,9 +20,12 @@ use crate::message::{Block, BlockBuilder};
 use crate::metrics::DropReason;
 use crate::threads::queue::{MAX_HELD, Offer};
 
-/// Frames read, and messages written, before the other concerns get a look: a
-/// flooding peer must not starve them.
+/// Messages written before the other concerns get a look.
 const BUDGET: usize = 256;
+
+/// Frames read between two looks at what was posted: a flooding peer must not
+/// starve those who send, or close.
+const LOOK: usize = 64;
 
 /// Messages of a session that may wait for a server that does not read.
 const MAX_BACKLOG: usize = 16 * MAX_SENDS;
@@ -278,61 +282,62 @@ impl<'c> Epoch<'c> {
     /// Reads up to a block. What was read before an error is handed over all
     /// the same.
     fn read(&mut self, guest: &mut Guest, now: Instant) -> Result<(), EpochEnd> {
-        let policy = self.connection.shared.policy.clone();
+        let shared = Arc::clone(&self.connection.shared);
+        let policy = &shared.policy;
         let mut gather =
             gather(&policy.ids, self.connection.index, self.number, self.sequence, now);
-        let (mut skipped, mut messages) = (0, 0);
+        let (mut skipped, mut messages, mut frames) = (0, 0, 0);
         let mut end = Ok(());
-        for _ in 0..BUDGET {
-            if gather.block.len() >= policy.block_messages || gather.block.bytes() >= BLOCK_BYTES {
+        // Control frames count too: a flood of them must end as well.
+        while end.is_ok() && frames < policy.block_messages {
+            if gather.block.bytes() >= BLOCK_BYTES || self.is_wanted(frames) {
                 break;
             }
-            let incoming = match self.ws.read() {
-                Ok(Some(incoming)) => incoming,
+            frames += 1;
+            let (read, acts) = self.read_one(guest, &mut gather, &mut skipped);
+            end = match read {
+                Ok(Some(Incoming::Data)) => {
+                    messages += 1;
+                    acts.map_or(Ok(()), |outcome| self.carry_out(outcome))
+                }
+                Ok(Some(control)) => self.control(control, now),
                 Ok(None) => {
                     self.more = false;
                     break;
                 }
-                Err(error) => {
-                    end = Err(error.into());
-                    break;
-                }
+                Err(error) => Err(error.into()),
             };
-            if let Incoming::Text(_) | Incoming::Binary(_) = incoming {
-                messages += 1;
-                end = self.data(guest, incoming, &mut gather, &mut skipped);
-            } else {
-                end = self.control(incoming, now);
-            }
-            if end.is_err() {
-                break;
-            }
         }
         self.note_reading(messages, now);
         self.hand_over(gather, skipped).and(end)
     }
 
-    fn data(
+    /// Whether others want a turn: a flooding peer must not starve them.
+    fn is_wanted(&self, frames: usize) -> bool {
+        frames % LOOK == LOOK - 1 && self.connection.peer().inbox.posted(self.may_send())
+    }
+
+    /// Reads one frame; a data message goes to the session, or straight on.
+    #[inline]
+    fn read_one(
         &mut self,
         guest: &mut Guest,
-        incoming: Incoming,
         gather: &mut Gather<'_>,
         skipped: &mut u64,
-    ) -> Result<(), EpochEnd> {
-        if guest.passes_on() {
-            gather.take(incoming);
-            return Ok(());
-        }
-        let data = match &incoming {
-            Incoming::Text(text) => Data::Text(text),
-            Incoming::Binary(bytes) => Data::Binary(bytes),
-            _ => return Ok(()),
-        };
-        let before = gather.sequence;
-        let origin = origin(self.connection.index, self.number, &self.upgraded);
-        let outcome = guest.on_message(data, origin, self.resume.as_ref(), gather);
-        *skipped += u64::from(gather.sequence == before);
-        self.carry_out(outcome)
+    ) -> (Result<Option<Incoming>, Error>, Option<Outcome>) {
+        let mut outcome = None;
+        let Self { ws, upgraded, resume, connection, number, .. } = self;
+        let read = ws.read(|payload| {
+            if guest.passes_on() {
+                gather.take(payload);
+                return;
+            }
+            let before = gather.sequence;
+            let origin = origin(connection.index, *number, upgraded);
+            outcome = Some(guest.on_message(payload.data(), origin, resume.as_ref(), gather));
+            *skipped += u64::from(gather.sequence == before);
+        });
+        (read, outcome)
     }
 
     fn control(&mut self, incoming: Incoming, now: Instant) -> Result<(), EpochEnd> {
@@ -357,7 +362,7 @@ impl<'c> Epoch<'c> {
                 let phrase = format!("the server closed the connection with code {code}{why}");
                 Err(Error::new(ErrorKind::Closed { code }, phrase).into())
             }
-            Incoming::Ping | Incoming::Text(_) | Incoming::Binary(_) => Ok(()),
+            Incoming::Ping | Incoming::Data => Ok(()),
         }
     }
 
@@ -532,6 +537,8 @@ impl<'c> Epoch<'c> {
             return Ok(());
         }
         self.pings += 1;
+        // Nothing has arrived for a while.
+        self.ws.shrink();
         self.ping = Some((self.pings, now));
         self.connection.peer().metrics.pings.add(1);
         // A full buffer takes no ping: then nothing is flowing out either, and

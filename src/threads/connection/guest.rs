@@ -3,10 +3,9 @@
 use std::time::Duration;
 
 use super::SessionFactory;
-use super::ids::Ids;
+use super::ids::{IdSource, Ids};
 use crate::error::{BoxError, Error, ErrorKind};
 use crate::handler::{Acts, Data, Link, MAX_SENDS, Origin, Resume, Session, Sink};
-use crate::io::websocket::Incoming;
 use crate::message::{BlockBuilder, MessageId, Payload};
 use crate::threads::contained;
 
@@ -134,18 +133,13 @@ fn panicked(hook: &'static str, message: String) -> Failure {
 
 impl Gather<'_> {
     /// Takes a message as it was read.
-    pub(super) fn take(&mut self, incoming: Incoming) {
-        match incoming {
-            Incoming::Text(text) => {
-                let id = self.find(Data::Text(&text));
-                self.push(Payload::OwnedText(text), id);
-            }
-            Incoming::Binary(bytes) => {
-                let id = self.find(Data::Binary(&bytes));
-                self.push(Payload::OwnedBinary(bytes), id);
-            }
-            Incoming::Ping | Incoming::Pong(_) | Incoming::Close { .. } => {}
-        }
+    #[inline]
+    pub(super) fn take(&mut self, payload: Payload<'_>) {
+        let id = match self.ids.source {
+            IdSource::Off => None,
+            _ => self.find(payload.data()),
+        };
+        self.push(payload, id);
     }
 
     fn find(&mut self, data: Data<'_>) -> Option<MessageId> {
@@ -168,10 +162,7 @@ impl Sink for Gather<'_> {
                 self.raw_id.extend_from_slice(id);
                 self.ids.explicit(id)
             }
-            (None, Payload::Text(text)) => self.find(Data::Text(text)),
-            (None, Payload::Binary(bytes)) => self.find(Data::Binary(bytes)),
-            (None, Payload::OwnedText(text)) => self.find(Data::Text(&text.clone())),
-            (None, Payload::OwnedBinary(bytes)) => self.find(Data::Binary(&bytes.clone())),
+            (None, payload) => self.find(payload.data()),
         };
         self.push(payload, id);
     }

@@ -3,7 +3,7 @@
 
 /// What the bytes at the start of a frame say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Head {
+pub(super) enum Head {
     /// Too few bytes to tell.
     Short,
     /// A whole message in one frame from a server: final, text or binary,
@@ -24,7 +24,7 @@ const WHOLE_BINARY: u8 = FINAL | 2;
 
 /// Reads a frame's head.
 #[inline]
-pub(crate) fn head(bytes: &[u8]) -> Head {
+pub(super) fn head(bytes: &[u8]) -> Head {
     let &[first, second, ..] = bytes else { return Head::Short };
     let (length, extended) = match second & !MASKED {
         126 => match bytes.get(2..4) {

@@ -1,0 +1,269 @@
+//! What is read from a socket, frame by frame: the common frame is found in the
+//! buffer, everything else goes to tungstenite, byte for byte.
+//!
+//! Most frames of a feed are whole messages from the server. Such a frame needs
+//! no more than its head and, for a text, a look at its UTF-8; a look at the
+//! buffer is several times faster than a way through tungstenite. Control
+//! frames, fragments and breaches of the protocol are left to it: it sees
+//! exactly the bytes of those frames, so its state stays true.
+
+use std::io::{self, Read, Write};
+
+use super::frame::{Head, head};
+use super::socket::Stream;
+
+/// What an idle connection's buffer shrinks to.
+const SMALL: usize = 4 * 1024;
+
+/// The opcode of a close frame (RFC 6455, section 5.2).
+const CLOSE: u8 = 8;
+
+/// A stream with a read buffer, which shows tungstenite one frame at a time.
+#[derive(Debug)]
+pub(super) struct Feed {
+    stream: Stream,
+    /// Read and not taken yet: `buffer[start..end]`.
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
+    /// The buffer may grow to this.
+    largest: usize,
+    /// Bytes that are tungstenite's to read.
+    passed: u64,
+    /// The bytes of a close frame, as far as they were passed.
+    close: Vec<u8>,
+    closes: bool,
+    /// A fragmented message is open: even a whole frame is a breach then.
+    fragments: bool,
+    /// A message that is larger than the buffer, being gathered.
+    large: Option<Large>,
+    /// Bytes written, before any encryption.
+    written: u64,
+    /// Messages may have this many bytes.
+    limit: usize,
+}
+
+/// A whole frame whose payload is read into memory of its own.
+#[derive(Debug)]
+struct Large {
+    text: bool,
+    payload: Vec<u8>,
+    filled: usize,
+}
+
+/// What comes next in the stream.
+pub(super) enum Next {
+    /// A whole message in the buffer: its payload is [`Feed::payload`] of this.
+    Whole { text: bool, start: usize, len: usize },
+    /// A whole message of its own.
+    Large { text: bool, payload: Vec<u8> },
+    /// Bytes for tungstenite to read.
+    Passed,
+}
+
+impl Feed {
+    /// Takes over a stream; `rest` was read already.
+    pub(super) fn new(stream: Stream, rest: Vec<u8>, largest: usize, limit: usize) -> Self {
+        let end = rest.len();
+        let mut buffer = rest;
+        buffer.resize(end.max(SMALL.min(largest)), 0);
+        Self {
+            stream,
+            buffer,
+            start: 0,
+            end,
+            largest,
+            passed: 0,
+            close: Vec::new(),
+            closes: false,
+            fragments: false,
+            large: None,
+            written: 0,
+            limit,
+        }
+    }
+
+    /// Finds what comes next, reading as needed; an error may be `WouldBlock`.
+    pub(super) fn next(&mut self) -> io::Result<Next> {
+        loop {
+            if self.passed > 0 {
+                return Ok(Next::Passed);
+            }
+            if self.large.is_some() {
+                match self.fill_large()? {
+                    Some(large) => return Ok(large),
+                    None => continue,
+                }
+            }
+            match head(&self.buffer[self.start..self.end]) {
+                Head::Whole { text, header, payload } if !self.fragments && self.fits(payload) => {
+                    // It fits into memory, so it fits into a usize.
+                    let len = payload as usize;
+                    if self.end - self.start >= header + len {
+                        let start = self.start + header;
+                        self.start = start + len;
+                        return Ok(Next::Whole { text, start, len });
+                    }
+                    if header + len > self.largest {
+                        self.begin_large(text, header, len);
+                        continue;
+                    }
+                    self.make_room(header + len);
+                }
+                Head::Whole { header, payload, .. } => self.pass(header, payload, Some(false)),
+                Head::Other { header, payload, open } => self.pass(header, payload, open),
+                Head::Short => {}
+            }
+            if self.passed == 0 && self.fill()? == 0 {
+                // The stream has ended: tungstenite judges by what went before.
+                self.pass_all();
+            }
+        }
+    }
+
+    /// The payload of a whole message that [`next`](Self::next) found last.
+    pub(super) fn payload(&self, start: usize, len: usize) -> &[u8] {
+        &self.buffer[start..start + len]
+    }
+
+    /// Whether bytes wait for tungstenite, or will when they have arrived.
+    pub(super) fn is_passing(&self) -> bool {
+        self.passed > 0
+    }
+
+    /// Code and reason of the close frame that was passed.
+    pub(super) fn close_frame(&self) -> Option<(u16, &[u8])> {
+        match self.close.as_slice() {
+            &[_, _, high, low, ref reason @ ..] => Some((u16::from_be_bytes([high, low]), reason)),
+            _ => None,
+        }
+    }
+
+    /// Everything from here on is tungstenite's.
+    pub(super) fn pass_all(&mut self) {
+        self.passed = u64::MAX;
+        self.closes = false;
+    }
+
+    /// Lets go of a large buffer that nothing waits in.
+    pub(super) fn shrink(&mut self) {
+        if self.start == self.end && self.buffer.len() > SMALL {
+            (self.start, self.end) = (0, 0);
+            self.buffer = vec![0; SMALL.min(self.largest)];
+        }
+    }
+
+    pub(super) fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
+    pub(super) fn stream_mut(&mut self) -> &mut Stream {
+        &mut self.stream
+    }
+
+    pub(super) fn written(&self) -> u64 {
+        self.written
+    }
+
+    /// One over the limit is for tungstenite to refuse, by its head.
+    fn fits(&self, payload: u64) -> bool {
+        payload <= self.limit as u64
+    }
+
+    fn pass(&mut self, header: usize, payload: u64, open: Option<bool>) {
+        self.passed = payload.saturating_add(header as u64);
+        self.closes = self.buffer[self.start] & 0x0f == CLOSE && payload <= 125;
+        self.fragments = open.unwrap_or(self.fragments);
+    }
+
+    /// Reads what fits behind what is buffered. A buffer that was filled to the
+    /// brim is too small for this feed.
+    fn fill(&mut self) -> io::Result<usize> {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        }
+        if self.end == self.buffer.len() {
+            self.make_room(self.end - self.start + 1);
+        }
+        let space = self.buffer.len() - self.end;
+        let count = self.stream.read(&mut self.buffer[self.end..])?;
+        self.end += count;
+        if count == space && self.buffer.len() < self.largest {
+            self.buffer.resize((self.buffer.len() * 2).min(self.largest), 0);
+        }
+        Ok(count)
+    }
+
+    /// Moves what is buffered to the front, and makes the buffer hold `len`.
+    fn make_room(&mut self, len: usize) {
+        if self.start > 0 && self.buffer.len() - self.start < len {
+            self.buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        if self.buffer.len() < len {
+            let size = len.next_power_of_two().min(self.largest).max(len);
+            self.buffer.resize(size, 0);
+        }
+    }
+
+    fn begin_large(&mut self, text: bool, header: usize, len: usize) {
+        // Zeroed pages are taken from the system as they fill, not before.
+        let mut payload = vec![0; len];
+        let have = self.end - self.start - header;
+        let from = self.start + header;
+        payload[..have].copy_from_slice(&self.buffer[from..self.end]);
+        (self.start, self.end) = (0, 0);
+        self.large = Some(Large { text, payload, filled: have });
+    }
+
+    /// Reads into a large message; `None` when the stream ended in it.
+    fn fill_large(&mut self) -> io::Result<Option<Next>> {
+        let Some(large) = &mut self.large else { return Ok(None) };
+        while large.filled < large.payload.len() {
+            let count = self.stream.read(&mut large.payload[large.filled..])?;
+            if count == 0 {
+                self.large = None;
+                self.pass_all();
+                return Ok(None);
+            }
+            large.filled += count;
+        }
+        Ok(self.large.take().map(|large| Next::Large { text: large.text, payload: large.payload }))
+    }
+}
+
+impl Read for Feed {
+    /// What tungstenite sees: the bytes passed to it, and then nothing yet.
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if self.passed == 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        if self.start == self.end && self.fill()? == 0 {
+            self.pass_all();
+            return Ok(0);
+        }
+        let most = usize::try_from(self.passed).unwrap_or(usize::MAX);
+        let count = most.min(buf.len()).min(self.end - self.start);
+        buf[..count].copy_from_slice(&self.buffer[self.start..self.start + count]);
+        self.start += count;
+        if self.closes {
+            self.close.extend_from_slice(&buf[..count]);
+        }
+        if self.passed != u64::MAX {
+            self.passed -= count as u64;
+        }
+        Ok(count)
+    }
+}
+
+impl Write for Feed {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        let count = self.stream.write(buf)?;
+        self.written += count as u64;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+}
