@@ -27,6 +27,10 @@ use crate::threads::timer::Timer;
 /// How long a client that is dropped without `close` may take to end.
 const DROP_DEADLINE: Duration = Duration::from_secs(1);
 
+/// How much earlier than a close the monitor ends, at most: it may be kept from
+/// running for a while on a busy machine.
+const VERDICT_MARGIN: Duration = Duration::from_millis(100);
+
 /// Connects to `url` with default settings and keeps the connection alive.
 ///
 /// ```no_run
@@ -248,7 +252,7 @@ impl Client {
         let at = self.shared.clock.after(deadline);
         self.shared.connections.iter().for_each(|peer| peer.inbox.refuse());
         // The monitor ends a little earlier, so that its verdict is in the report.
-        self.shared.ask_to_close(at - (deadline / 10).min(Duration::from_millis(20)));
+        self.shared.ask_to_close(at - (deadline / 10).min(VERDICT_MARGIN));
         let own = self.shared.spawner.is_own_thread();
         if !own {
             match self.ended.recv_deadline(at) {
@@ -275,6 +279,10 @@ impl Client {
         let ending = self.shared.ending();
         let mut stuck = ending.stuck.clone();
         if !ended && !own {
+            // Without the monitor's verdict: whoever has not let go of its inbox.
+            let peers = self.shared.connections.iter().enumerate();
+            let running = peers.filter(|(_, peer)| peer.inbox.is_attached());
+            stuck = running.map(|(index, _)| format!("broadsock-conn-{index}")).collect();
             stuck.push("broadsock-monitor".to_owned());
         }
         Report { metrics, error: ending.error.clone(), stuck, unsent: ending.unsent.clone() }

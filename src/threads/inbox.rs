@@ -73,6 +73,11 @@ impl Inbox {
         self.lock().waker = None;
     }
 
+    /// Whether a thread listens.
+    pub(crate) fn is_attached(&self) -> bool {
+        self.lock().waker.is_some()
+    }
+
     /// Posts a signal and wakes the thread.
     pub(crate) fn post(&self, set: impl FnOnce(&mut Signals)) {
         let mut state = self.lock();
