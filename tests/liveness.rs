@@ -185,15 +185,15 @@ mod a_live_peer {
         struct Slow;
         impl Session for Slow {
             fn on_message(&mut self, data: Data<'_>, link: &mut Link<'_>) -> Result<(), BoxError> {
-                linger(ms(2));
+                linger(ms(1));
                 link.emit(data);
                 Ok(())
             }
         }
-        let server = serve([up().numbers(0..1000)]);
+        let server = serve([up().numbers(0..2000)]);
         let settings = builder(&server).ping_interval(ms(50)).pong_timeout(ms(200));
         let client = start(settings.session(|| Slow));
-        for n in 0..1000 {
+        for n in 0..2000 {
             let message = next(&client);
             assert_eq!((message.metadata().epoch, number(&message)), (1, n));
         }

@@ -281,7 +281,7 @@ impl<'c> Epoch<'c> {
         let policy = self.connection.shared.policy.clone();
         let mut gather =
             gather(&policy.ids, self.connection.index, self.number, self.sequence, now);
-        let (mut skipped, mut messages) = (0, 0);
+        let (mut skipped, mut messages, mut alive) = (0, 0, false);
         let mut end = Ok(());
         for _ in 0..BUDGET {
             if gather.block.len() >= policy.block_messages || gather.block.bytes() >= BLOCK_BYTES {
@@ -298,6 +298,7 @@ impl<'c> Epoch<'c> {
                     break;
                 }
             };
+            alive = true;
             if let Incoming::Text(_) | Incoming::Binary(_) = incoming {
                 messages += 1;
                 end = self.data(guest, incoming, &mut gather, &mut skipped);
@@ -308,7 +309,7 @@ impl<'c> Epoch<'c> {
                 break;
             }
         }
-        self.note_reading(messages, now);
+        self.note_reading(messages, alive, now);
         self.hand_over(gather, skipped).and(end)
     }
 
@@ -361,10 +362,12 @@ impl<'c> Epoch<'c> {
         }
     }
 
-    fn note_reading(&mut self, messages: u64, now: Instant) {
+    /// What was read out of a buffer counts as bytes that arrive: a pong may
+    /// lie behind more of it than a slow session gets through in time.
+    fn note_reading(&mut self, messages: u64, alive: bool, now: Instant) {
         let before = self.traffic.0;
         self.count_traffic();
-        if self.traffic.0 != before {
+        if alive || self.traffic.0 != before {
             self.live.on_bytes(now);
         }
         if messages > 0 {
