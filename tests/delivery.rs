@@ -271,7 +271,7 @@ mod overflow {
         thread::scope(|scope| {
             let auditor = scope.spawn(|| {
                 let mut looks = 0_u64;
-                while !done.load(SeqCst) {
+                while looks == 0 || !done.load(SeqCst) {
                     let ledger = audit(client).ledger;
                     let limit = QUEUE as u64 + BLOCK;
                     assert!(ledger.in_flight <= limit, "{policy}: {ledger}");

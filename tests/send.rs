@@ -202,21 +202,43 @@ mod reconnecting {
         close(&client);
     }
 
+    #[test]
+    fn opening_messages_leave_first_also_when_nothing_confirms_them() {
+        struct Greeting;
+        impl Session for Greeting {
+            fn on_open(&mut self, link: &mut Link<'_>) -> Result<(), BoxError> {
+                (0..50).for_each(|n| link.send(n.to_string()));
+                Ok(())
+            }
+        }
+        let server = absent([up()]);
+        let client = start(builder(&server).session(|| Greeting));
+        for n in 50..100 {
+            client.sender().send(n.to_string()).unwrap();
+        }
+        server.restart().unwrap();
+        wait_text(&server, "99");
+        assert_eq!(sent(&server), (0..100).collect::<Vec<_>>());
+        close(&client);
+    }
+
     /// The server reads slowly and is cut again and again in the middle of a
     /// backlog; what it saw on all its connections together is looked at.
     fn backlog(chatter: impl Fn(Script) -> Script) {
         // Each cut takes what the system had buffered with it: some MiB.
-        const COUNT: u64 = 6000;
-        const CUTS: usize = 3;
+        const COUNT: u64 = 8000;
+        const CUTS: usize = 2;
+        // More than the system buffers before the client has to wait.
+        const SEEN: usize = 1500;
         let slow = |mut script: Script| {
             for _ in 0..200 {
-                script = script.resume_reading().pause(ms(5)).stop_reading().pause(ms(10));
+                script = script.resume_reading().pause(ms(20)).stop_reading().pause(ms(5));
             }
             script
         };
         let mut scripts = vec![slow(chatter(up())); CUTS];
         scripts.push(chatter(up()));
-        let server = Server::script(scripts).receive_buffer(16 << 10).start().unwrap();
+        let server = Server::script(scripts).receive_buffer(64 << 10).start().unwrap();
         let client = connect(builder(&server));
         thread::scope(|scope| {
             let sender = client.sender();
@@ -228,7 +250,7 @@ mod reconnecting {
             for cut in 0..CUTS {
                 let some = |record: &broadsock::testing::Record| {
                     let own = record.received.iter().filter(|r| r.connection == cut);
-                    own.filter(|r| matches!(r.payload, Payload::Text(_))).count() >= 5
+                    own.filter(|r| matches!(r.payload, Payload::Text(_))).count() >= SEEN
                 };
                 assert!(server.wait_for(some, LONG), "nothing on connection {cut}");
                 server.cut(cut);

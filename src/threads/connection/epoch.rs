@@ -293,8 +293,8 @@ impl<'c> Epoch<'c> {
             if gather.block.bytes() >= BLOCK_BYTES || self.is_wanted(frames) {
                 break;
             }
-            frames += 1;
             let (read, acts) = self.read_one(guest, &mut gather, &mut skipped);
+            frames += usize::from(matches!(read, Ok(Some(_))));
             end = match read {
                 Ok(Some(Incoming::Data)) => {
                     messages += 1;
@@ -308,7 +308,7 @@ impl<'c> Epoch<'c> {
                 Err(error) => Err(error.into()),
             };
         }
-        self.note_reading(messages, now);
+        self.note_reading(messages, frames > 0, now);
         self.hand_over(gather, skipped).and(end)
     }
 
@@ -366,10 +366,12 @@ impl<'c> Epoch<'c> {
         }
     }
 
-    fn note_reading(&mut self, messages: u64, now: Instant) {
+    /// What was read out of a buffer counts as bytes that arrive: a pong may
+    /// lie behind more of it than a slow session gets through in time.
+    fn note_reading(&mut self, messages: u64, alive: bool, now: Instant) {
         let before = self.traffic.0;
         self.count_traffic();
-        if self.traffic.0 != before {
+        if alive || self.traffic.0 != before {
             self.live.on_bytes(now);
         }
         if messages > 0 {
