@@ -10,7 +10,6 @@
 use std::io::{self, Read, Write};
 
 use super::frame::{Head, head};
-use super::socket::Stream;
 
 /// What an idle connection's buffer shrinks to.
 const SMALL: usize = 4 * 1024;
@@ -20,8 +19,8 @@ const CLOSE: u8 = 8;
 
 /// A stream with a read buffer, which shows tungstenite one frame at a time.
 #[derive(Debug)]
-pub(super) struct Feed {
-    stream: Stream,
+pub(super) struct Feed<S> {
+    stream: S,
     /// Read and not taken yet: `buffer[start..end]`.
     buffer: Vec<u8>,
     start: usize,
@@ -61,9 +60,9 @@ pub(super) enum Next {
     Passed,
 }
 
-impl Feed {
+impl<S: Read> Feed<S> {
     /// Takes over a stream; `rest` was read already.
-    pub(super) fn new(stream: Stream, rest: Vec<u8>, largest: usize, limit: usize) -> Self {
+    pub(super) fn new(stream: S, rest: Vec<u8>, largest: usize, limit: usize) -> Self {
         let end = rest.len();
         let mut buffer = rest;
         buffer.resize(end.max(SMALL.min(largest)), 0);
@@ -153,11 +152,11 @@ impl Feed {
         }
     }
 
-    pub(super) fn stream(&self) -> &Stream {
+    pub(super) fn stream(&self) -> &S {
         &self.stream
     }
 
-    pub(super) fn stream_mut(&mut self) -> &mut Stream {
+    pub(super) fn stream_mut(&mut self) -> &mut S {
         &mut self.stream
     }
 
@@ -232,7 +231,7 @@ impl Feed {
     }
 }
 
-impl Read for Feed {
+impl<S: Read> Read for Feed<S> {
     /// What tungstenite sees: the bytes passed to it, and then nothing yet.
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         if self.passed == 0 {
@@ -256,7 +255,7 @@ impl Read for Feed {
     }
 }
 
-impl Write for Feed {
+impl<S: Write> Write for Feed<S> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         let count = self.stream.write(buf)?;
         self.written += count as u64;

@@ -1,7 +1,7 @@
 //! The WebSocket on a stream: tungstenite, with its traps handled.
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, Read, Write};
 
 use tungstenite::protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode};
 use tungstenite::{Bytes, Error as WsError, Message as WsMessage, Utf8Bytes};
@@ -29,8 +29,8 @@ pub(crate) struct Limits {
 
 /// An open WebSocket on a non-blocking stream.
 #[derive(Debug)]
-pub(crate) struct Websocket {
-    ws: tungstenite::WebSocket<Feed>,
+pub(crate) struct Websocket<S = Stream> {
+    ws: tungstenite::WebSocket<Feed<S>>,
     /// Bytes of the frames queued here and of pongs; a close frame, which
     /// nothing follows, is not in it.
     produced: u64,
@@ -63,9 +63,9 @@ pub(crate) enum Sent {
     Full,
 }
 
-impl Websocket {
+impl<S: Read + Write> Websocket<S> {
     /// Takes over a stream after its upgrade; `rest` was read behind the head.
-    pub(crate) fn new(stream: Stream, rest: Vec<u8>, limits: Limits) -> Self {
+    pub(crate) fn new(stream: S, rest: Vec<u8>, limits: Limits) -> Self {
         let config = WebSocketConfig::default()
             .read_buffer_size(CONTROL_BUFFER)
             .write_buffer_size(WRITE_BUFFER)
@@ -263,7 +263,9 @@ impl Websocket {
             Err(error) => Err(lost(error)),
         }
     }
+}
 
+impl Websocket {
     /// Takes note of what a wait brought; whether it concerned this socket.
     pub(crate) fn on_ready(&mut self, ready: Ready) -> bool {
         self.ws.get_mut().stream_mut().socket_mut().on_ready(ready)
@@ -323,4 +325,166 @@ fn utf8(payload: &[u8]) -> Result<&str, Error> {
 
 fn not_utf8(error: std::str::Utf8Error) -> Error {
     Error::caused(ErrorKind::Protocol, "a text message is not UTF-8", error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// A stream that gives a server's bytes in pieces, with nothing in between.
+    struct Pieces {
+        bytes: Vec<u8>,
+        at: usize,
+        sizes: Vec<usize>,
+        turn: usize,
+    }
+
+    impl Pieces {
+        fn new(bytes: &[u8], sizes: &[usize]) -> Self {
+            Self { bytes: bytes.to_vec(), at: 0, sizes: sizes.to_vec(), turn: 0 }
+        }
+    }
+
+    impl Read for Pieces {
+        fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+            self.turn += 1;
+            let size = self.sizes.get(self.turn % (self.sizes.len() + 1)).copied().unwrap_or(3);
+            if size == 0 {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            let count = size.min(buf.len()).min(self.bytes.len() - self.at);
+            buf[..count].copy_from_slice(&self.bytes[self.at..self.at + count]);
+            self.at += count;
+            Ok(count)
+        }
+    }
+
+    impl Write for Pieces {
+        fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+            Ok(buf.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    const LIMIT: usize = 3000;
+
+    /// What tungstenite alone reads, up to its first error.
+    fn reference(bytes: &[u8], sizes: &[usize]) -> Vec<String> {
+        let config =
+            WebSocketConfig::default().max_message_size(Some(LIMIT)).max_frame_size(Some(LIMIT));
+        let pieces = Pieces::new(bytes, sizes);
+        let mut ws = tungstenite::WebSocket::from_raw_socket(pieces, Role::Client, Some(config));
+        let mut seen = Vec::new();
+        loop {
+            seen.push(match ws.read() {
+                Ok(WsMessage::Text(text)) => format!("text {text}"),
+                Ok(WsMessage::Binary(bytes)) => format!("binary {bytes:?}"),
+                Ok(WsMessage::Ping(_)) => "ping".to_owned(),
+                Ok(WsMessage::Pong(bytes)) => format!("pong {bytes:?}"),
+                Ok(WsMessage::Close(frame)) => {
+                    format!("close {}", frame.map_or(1005, |frame| frame.code.into()))
+                }
+                Ok(WsMessage::Frame(_)) => continue,
+                Err(error) if would_block(&error) => continue,
+                Err(error) => {
+                    seen.push(format!("{:?}", lost(error).kind()));
+                    return seen;
+                }
+            });
+        }
+    }
+
+    fn read_here(bytes: &[u8], rest: usize, sizes: &[usize]) -> Vec<String> {
+        let rest = rest.min(bytes.len());
+        let limits = Limits { read_buffer: 1024, max_message: LIMIT };
+        let pieces = Pieces::new(&bytes[rest..], sizes);
+        let mut ws = Websocket::new(pieces, bytes[..rest].to_vec(), limits);
+        let mut seen = Vec::new();
+        loop {
+            let mut data = None;
+            let read = ws.read(|payload| {
+                data = Some(match payload.data() {
+                    crate::handler::Data::Text(text) => format!("text {text}"),
+                    crate::handler::Data::Binary(bytes) => {
+                        format!("binary {:?}", Bytes::copy_from_slice(bytes))
+                    }
+                });
+            });
+            seen.push(match read {
+                Ok(Some(Incoming::Data)) => data.unwrap(),
+                Ok(Some(Incoming::Ping)) => "ping".to_owned(),
+                Ok(Some(Incoming::Pong(bytes))) => format!("pong {bytes:?}"),
+                Ok(Some(Incoming::Close { code, .. })) => format!("close {code}"),
+                Ok(None) => continue,
+                Err(error) => {
+                    seen.push(format!("{:?}", error.kind()));
+                    return seen;
+                }
+            });
+        }
+    }
+
+    fn frame(first: u8, payload: &[u8], mask: bool) -> Vec<u8> {
+        let flag = if mask { 0x80 } else { 0 };
+        let mut bytes = vec![first];
+        match payload.len() {
+            len @ 0..=125 => bytes.push(flag | len as u8),
+            len => {
+                bytes.push(flag | 126);
+                bytes.extend((len as u16).to_be_bytes());
+            }
+        }
+        if mask {
+            bytes.extend([0; 4]);
+        }
+        bytes.extend(payload);
+        bytes
+    }
+
+    fn frames() -> impl Strategy<Value = Vec<u8>> {
+        let text = "[a-zäß€]{0,60}".prop_map(String::into_bytes);
+        let bytes = proptest::collection::vec(any::<u8>(), 0..200);
+        let long = (1000_usize..3200).prop_map(|len| vec![b'x'; len]);
+        let whole = (prop_oneof![Just(0x81_u8), Just(0x82)], prop_oneof![8 => text, 1 => long]);
+        let odd = (any::<u8>(), bytes.clone());
+        let control = (
+            prop_oneof![Just(0x89_u8), Just(0x8a)],
+            bytes.prop_map(|mut b| {
+                b.truncate(125);
+                b
+            }),
+        );
+        let fragment = (prop_oneof![Just(0x01_u8), Just(0x00), Just(0x80)], "[a-z]{0,40}");
+        let one = prop_oneof![
+            20 => whole.prop_map(|(first, payload)| frame(first, &payload, false)),
+            4 => control.prop_map(|(first, payload)| frame(first, &payload, false)),
+            2 => ("[a-z]{0,20}", "[a-z]{0,20}").prop_map(|(a, b)| {
+                let ping = frame(0x89, b"?", false);
+                [frame(0x01, a.as_bytes(), false), ping, frame(0x80, b.as_bytes(), false)].concat()
+            }),
+            1 => fragment.prop_map(|(first, payload)| frame(first, payload.as_bytes(), false)),
+            1 => odd.prop_map(|(first, payload)| frame(first, &payload, false)),
+            1 => Just(frame(0x81, b"masked", true)),
+            1 => Just(frame(0x88, &[3, 232], false)),
+        ];
+        proptest::collection::vec(one, 0..20).prop_map(|frames| frames.concat())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+        #[test]
+        fn what_is_found_in_the_buffer_is_what_tungstenite_alone_reads(
+            bytes in frames(),
+            cut in 0_usize..64,
+            rest in 0_usize..300,
+            sizes in proptest::collection::vec(prop_oneof![Just(0_usize), Just(1), 2_usize..2000], 0..8),
+        ) {
+            let bytes = &bytes[..bytes.len() - cut.min(bytes.len())];
+            prop_assert_eq!(read_here(bytes, rest, &sizes), reference(bytes, &sizes));
+        }
+    }
 }
