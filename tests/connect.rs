@@ -182,7 +182,7 @@ mod addresses {
         None
     }
 
-    /// A port of this machine that refuses connections, kept for the test.
+    /// A loopback port that refuses connections, kept for the test.
     fn refusing() -> Server {
         let server = serve([]);
         server.stop();
@@ -561,7 +561,7 @@ mod tls {
     }
 
     #[test]
-    fn a_trusted_root_is_enough_for_the_name_and_the_addresses_of_this_machine() {
+    fn a_trusted_root_is_enough_for_the_name_and_the_addresses_of_the_loopback() {
         let server = secure(upgrade().send("hello").hold());
         for host in ["localhost", "127.0.0.1"] {
             let client = trusting(&server, server.url_with(host)).start().unwrap();
