@@ -115,6 +115,7 @@ impl<'c> Epoch<'c> {
         let ws = Websocket::new(dialed.stream, rest, shared.policy.limits);
         let (received, sent) = ws.socket().traffic();
         let resume = connection.resume.clone();
+        connection.peer().inbox.begin_epoch(number);
         Self {
             connection,
             number,
@@ -157,6 +158,7 @@ impl<'c> Epoch<'c> {
         let unfinished = self.ws.take_unfinished();
         let connection = self.connection;
         connection.peer().inbox.put_back(unfinished);
+        connection.peer().inbox.end_epoch();
         self.ws.release(&mut connection.poller);
         if let EpochEnd::Closed = end {
             let now = connection.shared.clock.now();

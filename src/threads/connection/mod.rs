@@ -451,6 +451,7 @@ impl Drop for Connection {
     fn drop(&mut self) {
         self.release_held();
         self.tell_all_shed();
+        self.peer().inbox.end_epoch();
         *self.peer().last_message() = self.resume.take();
         self.peer().inbox.detach();
         if let Some(lookup) = self.lookup.take() {
