@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use broadsock::crossbeam_channel::bounded;
 use broadsock::testing::{Payload, Record, Server};
 use broadsock::{
-    BoxError, Client, Data, Failure, Link, Message, Next, Outcome, Outgoing, Pipeline,
+    Batching, BoxError, Client, Data, Failure, Link, Message, Next, Outcome, Outgoing, Pipeline,
     PipelineEvent, SendErrorReason, Session, SocketAcknowledger,
 };
 use common::{LONG, ms, quick, serve, text, upgrade};
@@ -204,14 +204,21 @@ fn a_graceful_stop_answers_what_it_processes_before_it_closes_the_socket() {
     let server = serve([upgrade().flood(0..400, |n| n.to_string())]);
     let client = quick(server.url()).start().unwrap();
     let acknowledger = ack(&client);
-    let pipeline = Pipeline::each(|_: &Message| {
-        std::thread::park_timeout(ms(1));
-        Ok::<(), String>(())
-    })
-    .processors(1)
-    .source_with(client, acknowledger.clone())
-    .start()
-    .unwrap();
+
+    struct Slow;
+    impl broadsock::Handler for Slow {
+        type Item = ();
+        fn handle_message(&self, _: &Message) -> Result<Next<()>, Failure> {
+            std::thread::park_timeout(ms(1));
+            Ok(Next::to("thirties", ()))
+        }
+    }
+    let pipeline = Pipeline::builder(Slow)
+        .processors(1)
+        .batcher("thirties", Batching::new().size(30).timeout(LONG))
+        .source_with(client, acknowledger.clone())
+        .start()
+        .unwrap();
     assert!(server.wait_for(count(1), LONG), "it is in the middle of its work");
     let report = pipeline.stop(LONG);
     assert_eq!((report.ledger.succeeded, acknowledger.late()), (400, 0));

@@ -45,6 +45,8 @@ pub(crate) struct Signals {
     pub(crate) rearm: bool,
     /// The queue may have room.
     pub(crate) room: bool,
+    /// Nothing more is to be read before the close.
+    pub(crate) stop_reading: bool,
     /// A DNS look-up ended.
     pub(crate) addresses: Option<(u64, io::Result<Vec<SocketAddr>>)>,
 }
@@ -59,7 +61,8 @@ pub(crate) enum Refused {
 
 impl Signals {
     fn any(&self) -> bool {
-        self.close.is_some() || self.fired || self.rearm || self.room || self.addresses.is_some()
+        let plain = self.fired || self.rearm || self.room || self.stop_reading;
+        plain || self.close.is_some() || self.addresses.is_some()
     }
 }
 

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::select;
+use crossbeam_channel::{bounded, select};
 
 use super::stats::PipelineEvent;
 use super::{Flow, Phase, lock};
 use crate::message::Message;
 use crate::threads::{contained_user, panic_text};
-use crate::work::{Handler, Pull, Source, Ticket};
+use crate::work::{Handler, Pull, Source, Stop, Ticket};
 
 /// How long a source may take to close while the pipeline drains.
 const CLOSE: Duration = Duration::from_secs(5);
@@ -19,13 +19,19 @@ const PULL: usize = 256;
 
 /// The thread's body.
 pub(crate) fn run<H: Handler>(flow: &Arc<Flow<H>>, index: usize, mut source: Box<dyn Source>) {
-    let mut open = true;
+    let mut intake = Intake::Open;
     loop {
+        if intake == Intake::Answering {
+            // All that was read is accepted: its answers go out before the close.
+            flow.wait_settled();
+            close(flow, index, &mut *source);
+            intake = Intake::Closed;
+        }
         let room = flow.reserve(PULL);
         if room == 0 {
             break;
         }
-        let pulled = turn(flow, index, &mut *source, &mut open, room);
+        let pulled = turn(flow, index, &mut *source, &mut intake, room);
         let count = pulled.as_ref().map_or(0, Vec::len);
         let pull = flow.accept(count, room);
         let Some(messages) = pulled else { break };
@@ -33,11 +39,22 @@ pub(crate) fn run<H: Handler>(flow: &Arc<Flow<H>>, index: usize, mut source: Box
             break;
         }
     }
-    if open {
+    if intake != Intake::Closed {
         close(flow, index, &mut *source);
     }
     drop(source);
     flow.source_ended();
+}
+
+/// How far a source is on its way to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Intake {
+    Open,
+    /// Reads nothing new; what was read is pulled.
+    Quiet,
+    /// All of that is pulled, and to be answered.
+    Answering,
+    Closed,
 }
 
 /// Pulls once; `None` at the source's end.
@@ -45,21 +62,29 @@ fn turn<H: Handler>(
     flow: &Flow<H>,
     index: usize,
     source: &mut dyn Source,
-    open: &mut bool,
+    intake: &mut Intake,
     room: usize,
 ) -> Option<Vec<Message>> {
-    let stop = flow.sources[index].stop();
+    let mut stop = flow.sources[index].stop();
     // Looked at after the signal was taken: a change before it is seen here, one
     // after it is signalled.
     let phase = flow.phase();
     if phase == Phase::Paused || phase >= Phase::Stopped {
         return Some(Vec::new());
     }
-    if phase == Phase::Draining && std::mem::take(open) {
-        close(flow, index, source);
+    if phase == Phase::Draining && *intake == Intake::Open {
+        *intake = begin_end(flow, index, source);
+    }
+    if *intake == Intake::Quiet {
+        stop = Stop { signal: bounded(0).1 };
     }
     match contained_user(|| source.pull(room, &stop)) {
-        Ok(Pull::Messages(messages)) => Some(messages),
+        Ok(Pull::Messages(messages)) => {
+            if messages.is_empty() && *intake == Intake::Quiet {
+                *intake = Intake::Answering;
+            }
+            Some(messages)
+        }
         Ok(Pull::Ended) => None,
         Err(panic) => {
             let message = panic_text(&*panic);
@@ -68,6 +93,14 @@ fn turn<H: Handler>(
             None
         }
     }
+}
+
+fn begin_end<H: Handler>(flow: &Flow<H>, index: usize, source: &mut dyn Source) -> Intake {
+    if contained_user(|| source.stop_reading()).unwrap_or(false) {
+        return Intake::Quiet;
+    }
+    close(flow, index, source);
+    Intake::Closed
 }
 
 fn close<H: Handler>(flow: &Flow<H>, index: usize, source: &mut dyn Source) {
