@@ -5,10 +5,9 @@ use std::time::Duration;
 
 use crossbeam_channel::{bounded, select};
 
-use super::stats::PipelineEvent;
 use super::{Flow, Phase, lock};
 use crate::message::Message;
-use crate::threads::{contained_user, panic_text};
+use crate::threads::contained_user;
 use crate::work::{Handler, Pull, Source, Stop, Ticket};
 
 /// How long a source may take to close while the pipeline drains.
@@ -87,9 +86,7 @@ fn turn<H: Handler>(
         }
         Ok(Pull::Ended) => None,
         Err(panic) => {
-            let message = panic_text(&*panic);
-            flow.counters.panics.add(1);
-            flow.emit(PipelineEvent::Panic { hook: "Source::pull", message });
+            flow.panicked("Source::pull", &*panic);
             None
         }
     }
@@ -203,8 +200,7 @@ fn lane<H: Handler>(flow: &Flow<H>, message: &Message) -> usize {
 pub(crate) fn partition_of<H: Handler>(flow: &Flow<H>, message: &Message) -> Option<u64> {
     let partition = flow.policy.partition.as_ref()?;
     Some(contained_user(|| partition(message)).unwrap_or_else(|panic| {
-        let message = panic_text(&*panic);
-        flow.emit(PipelineEvent::Panic { hook: "partition_by", message });
+        flow.panicked("partition_by", &*panic);
         0
     }))
 }
