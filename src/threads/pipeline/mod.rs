@@ -389,17 +389,18 @@ impl<H: Handler> Flow<H> {
         self.changed.notify_all();
     }
 
-    /// Waits until everything accepted is settled, half of the time that is left
-    /// has passed, or the pipeline has stopped. Open batches do not wait for
-    /// company meanwhile, once all sources are here.
-    pub(crate) fn wait_settled(&self) {
+    /// Waits until everything accepted is settled; `false` when half of the time
+    /// that is left has passed, or the pipeline has stopped. Open batches do not
+    /// wait for company meanwhile, once all sources are here.
+    pub(crate) fn wait_settled(&self) -> bool {
         lock(&self.state).answering += 1;
         self.batchers.values().for_each(|batcher| batcher.tick.fire());
-        self.wait_until_settled();
+        let settled = self.wait_until_settled();
         lock(&self.state).answering -= 1;
+        settled
     }
 
-    fn wait_until_settled(&self) {
+    fn wait_until_settled(&self) -> bool {
         let began = self.clock.now();
         let mut state = lock(&self.state);
         while state.ledger.in_flight > 0 && state.phase < Phase::Stopped {
@@ -409,13 +410,14 @@ impl<H: Handler> Flow<H> {
                     let until = began + work.saturating_duration_since(began) / 2;
                     let left = until.saturating_duration_since(self.clock.now());
                     if left.is_zero() {
-                        return;
+                        return false;
                     }
                     let waited = self.changed.wait_timeout(state, left);
                     waited.unwrap_or_else(PoisonError::into_inner).0
                 }
             };
         }
+        state.ledger.in_flight == 0
     }
 
     /// When work must be over.

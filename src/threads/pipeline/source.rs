@@ -20,9 +20,9 @@ const PULL: usize = 256;
 pub(crate) fn run<H: Handler>(flow: &Arc<Flow<H>>, index: usize, mut source: Box<dyn Source>) {
     let mut intake = Intake::Open;
     loop {
-        if intake == Intake::Answering {
-            // All that was read is accepted: its answers go out before the close.
-            flow.wait_settled();
+        if intake == Intake::Answering && flow.wait_settled() {
+            intake = Intake::LastLook;
+        } else if matches!(intake, Intake::Answering | Intake::Answered) {
             close(flow, index, &mut *source);
             intake = Intake::Closed;
         }
@@ -51,8 +51,11 @@ enum Intake {
     Open,
     /// Reads nothing new; what was read is pulled.
     Quiet,
-    /// All of that is pulled, and to be answered.
+    /// All of that is pulled; its answers go out before the close.
     Answering,
+    /// All of that is answered; what was just being read may have come since.
+    LastLook,
+    Answered,
     Closed,
 }
 
@@ -74,14 +77,18 @@ fn turn<H: Handler>(
     if phase == Phase::Draining && *intake == Intake::Open {
         *intake = begin_end(flow, index, source);
     }
-    if *intake == Intake::Quiet {
+    if matches!(intake, Intake::Quiet | Intake::LastLook) {
+        // Nothing is waited for.
         stop = Stop { signal: bounded(0).1 };
     }
     match contained_user(|| source.pull(room, &stop)) {
         Ok(Pull::Messages(messages)) => {
-            if messages.is_empty() && *intake == Intake::Quiet {
-                *intake = Intake::Answering;
-            }
+            *intake = match (*intake, messages.is_empty()) {
+                (Intake::Quiet, true) => Intake::Answering,
+                (Intake::LastLook, true) => Intake::Answered,
+                (Intake::LastLook, false) => Intake::Quiet,
+                (same, _) => same,
+            };
             Some(messages)
         }
         Ok(Pull::Ended) => None,
