@@ -264,6 +264,13 @@ impl Client {
         self.report(own)
     }
 
+    /// Reads no more, and keeps the connections open to send on, until
+    /// [`close`](Client::close).
+    pub(crate) fn stop_reading(&self) {
+        let stop = |peer: &Peer| peer.inbox.post(|signals| signals.stop_reading = true);
+        self.shared.connections.iter().for_each(stop);
+    }
+
     fn join(&self) {
         let handle = self.monitor.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(handle) = handle

@@ -288,7 +288,11 @@ impl fmt::Debug for Link<'_> {
 /// Made from `&str`, `String`, `&[u8]` and `Vec<u8>` by `Into`. `Debug` never
 /// shows the payload.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Outgoing(pub(crate) Body);
+pub struct Outgoing(pub(crate) Body, pub(crate) OnlyIn);
+
+/// The epoch outside of which a message must not be sent; `None`: any will do.
+/// Kept with the message, so that it holds wherever the message waits.
+pub(crate) type OnlyIn = Option<u64>;
 
 /// Both kinds are reference counted, so that a message can be kept until the
 /// kernel has all of it without a copy.
@@ -301,12 +305,12 @@ pub(crate) enum Body {
 impl Outgoing {
     /// A text message.
     pub fn text(text: impl Into<String>) -> Self {
-        Self(Body::Text(text.into().into()))
+        Self(Body::Text(text.into().into()), None)
     }
 
     /// A binary message.
     pub fn binary(bytes: impl Into<Vec<u8>>) -> Self {
-        Self(Body::Binary(bytes.into().into()))
+        Self(Body::Binary(bytes.into().into()), None)
     }
 
     /// The text, of a text message.

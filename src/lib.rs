@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+mod acknowledger;
 mod client;
 mod config;
 mod error;
@@ -18,6 +19,7 @@ pub mod testing;
 mod threads;
 mod work;
 
+pub use acknowledger::{Outcome, SocketAcknowledger};
 pub use client::{Client, Messages, connect};
 pub use config::{ClientBuilder, Dedup, WhileDown};
 pub use crossbeam_channel;

@@ -142,6 +142,9 @@ pub struct ConnectionSnapshot {
     pub bytes_sent: u64,
     /// Messages of the program and the session given to sockets.
     pub messages_sent: u64,
+    /// Messages for one epoch alone ([`Sender::try_send_in`](crate::Sender::try_send_in))
+    /// that had not left when it ended, and were discarded.
+    pub messages_discarded: u64,
     /// Pings sent.
     pub pings: u64,
     /// Time from the last answered ping to its pong.
@@ -162,7 +165,8 @@ pub struct Report {
     pub error: Option<Error>,
     /// Threads that still ran at the deadline, by name; empty after a clean end.
     pub stuck: Vec<String>,
-    /// Outgoing messages that no server can have seen.
+    /// Outgoing messages that no server can have seen, but for those meant for
+    /// one epoch alone.
     pub unsent: Vec<Outgoing>,
 }
 
@@ -286,7 +290,12 @@ impl ConnectionMetrics {
         self.with(|status| status.last_error.clone())
     }
 
-    pub(crate) fn snapshot(&self, state: State, now: Instant) -> ConnectionSnapshot {
+    pub(crate) fn snapshot(
+        &self,
+        state: State,
+        now: Instant,
+        messages_discarded: u64,
+    ) -> ConnectionSnapshot {
         let connects = self.connects.get();
         self.with(|status| ConnectionSnapshot {
             state,
@@ -302,6 +311,7 @@ impl ConnectionMetrics {
             bytes_received: self.bytes_received.get(),
             bytes_sent: self.bytes_sent.get(),
             messages_sent: self.messages_sent.get(),
+            messages_discarded,
             pings: self.pings.get(),
             ping_round_trip: status.round_trip,
             last_error: status.last_error.clone(),

@@ -48,6 +48,9 @@ pub enum SendErrorReason {
     TooLarge,
     /// The client is closed or has failed.
     Closed,
+    /// The epoch that it was meant for is over, or has not begun: only from
+    /// [`Sender::try_send_in`].
+    EpochOver,
 }
 
 impl Sender {
@@ -93,6 +96,38 @@ impl Sender {
         if self.while_down != WhileDown::Queue && !self.is_connected() {
             return Err(SendError { message, reason: self.down() });
         }
+        self.push(message)
+    }
+
+    /// Puts a message into the outbox for one epoch alone: it leaves on the
+    /// socket of that [epoch](crate::Metadata::epoch), such as the one that
+    /// delivered the message it answers, or never. If the epoch ends while the
+    /// message still waits, it is discarded and counted in
+    /// [`messages_discarded`](crate::ConnectionSnapshot::messages_discarded).
+    /// One that the kernel had taken may or may not have arrived, as always.
+    ///
+    /// It does not wait, and [`WhileDown`] has no say in it.
+    ///
+    /// ```no_run
+    /// # let client = broadsock::connect("wss://feed.example/stream")?;
+    /// for message in &client {
+    ///     let from = message.metadata();
+    ///     if let Some(sender) = client.sender_for(from.connection) {
+    ///         // On another socket, the server would not know what is meant.
+    ///         let _ = sender.try_send_in(from.epoch, format!("ack {}", from.sequence));
+    ///     }
+    /// }
+    /// # Ok::<(), broadsock::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`SendError`] hands the message back: the epoch is over or has not begun
+    /// (`EpochOver`), the outbox is full, the message is too large, or the
+    /// client is closed.
+    pub fn try_send_in(&self, epoch: u64, message: impl Into<Outgoing>) -> Result<(), SendError> {
+        let mut message = self.check(message.into())?;
+        message.1 = Some(epoch);
         self.push(message)
     }
 
@@ -159,10 +194,12 @@ impl Sender {
     }
 
     fn push(&self, message: Outgoing) -> Result<(), SendError> {
-        self.inbox().push(message).map_err(|(refused, message)| {
+        self.inbox().push(message).map_err(|(refused, Outgoing(body, _))| {
+            let message = Outgoing(body, None);
             let reason = match refused {
                 Refused::Full => SendErrorReason::Full,
                 Refused::Closed => SendErrorReason::Closed,
+                Refused::EpochOver => SendErrorReason::EpochOver,
             };
             SendError { message, reason }
         })
@@ -187,6 +224,7 @@ impl fmt::Display for SendError {
             SendErrorReason::Timeout => "message not sent: no room in the outbox in time",
             SendErrorReason::TooLarge => "message not sent: it is larger than max_message_size",
             SendErrorReason::Closed => "message not sent: the client is closed",
+            SendErrorReason::EpochOver => "message not sent: the epoch it was meant for is over",
         })
     }
 }

@@ -132,9 +132,9 @@ impl IntoSource for Client {
     }
 }
 
-/// A client, kept by its program too: a graceful end closes it and processes
-/// every message that it had accepted; its dedup window learns what succeeded
-/// and what failed.
+/// A client, kept by its program too. A graceful end stops reading, processes
+/// what was accepted, lets the answers out, and then closes it; its dedup window
+/// learns what succeeded and what failed.
 impl Source for Arc<Client> {
     fn pull(&mut self, most: usize, stop: &Stop) -> Pull {
         let mut messages = Vec::new();
@@ -148,6 +148,11 @@ impl Source for Arc<Client> {
             }
         }
         Pull::Messages(messages)
+    }
+
+    fn stop_reading(&mut self) -> bool {
+        Client::stop_reading(self);
+        true
     }
 
     fn close(&mut self, deadline: Duration) -> Option<Report> {

@@ -117,7 +117,8 @@ impl<T> Next<T> {
     }
 
     /// Batches hold items of one key only; one key is worked by one worker at a
-    /// time, in order.
+    /// time, in order. With partitions, that holds for one key of one partition:
+    /// each partition has batches of its own.
     pub fn key(mut self, key: impl Into<Arc<str>>) -> Self {
         if let Some(batch) = &mut self.batch {
             batch.key = Some(key.into());
@@ -445,6 +446,15 @@ pub trait Source: Send + 'static {
     /// Returning none is allowed; it is called again. It must return soon after
     /// `stop` is set.
     fn pull(&mut self, most: usize, stop: &Stop) -> Pull;
+
+    /// The first step of a graceful end: reads nothing new, and stays able to
+    /// answer. What was taken in can still be pulled, also with a `stop` that is
+    /// set; [`close`](Source::close) follows once that is settled, or half of
+    /// the time is up. `false`, the default: there is nothing to keep open, and
+    /// `close` follows at once.
+    fn stop_reading(&mut self) -> bool {
+        false
+    }
 
     /// Takes in nothing new from now on; [`pull`](Source::pull) still returns
     /// what was taken in before, and then [`Pull::Ended`]. May take `deadline`.

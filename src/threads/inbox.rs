@@ -10,6 +10,7 @@ use std::time::Instant;
 use super::timer::Alarm;
 use crate::handler::Outgoing;
 use crate::io::poll::Waker;
+use crate::metrics::Counter;
 
 /// Outlives its thread: a restarted one finds what its predecessor left.
 #[derive(Debug)]
@@ -18,6 +19,8 @@ pub(crate) struct Inbox {
     /// Told when the outbox has room, or when it closes.
     room: Condvar,
     capacity: usize,
+    /// Messages for one epoch that waited here when it ended.
+    pub(crate) discarded: Counter,
 }
 
 #[derive(Debug, Default)]
@@ -26,6 +29,8 @@ struct State {
     outbox: VecDeque<Outgoing>,
     /// No message is taken any more.
     closed: bool,
+    /// The epoch whose socket is open.
+    epoch: Option<u64>,
     waker: Option<Waker>,
 }
 
@@ -40,6 +45,8 @@ pub(crate) struct Signals {
     pub(crate) rearm: bool,
     /// The queue may have room.
     pub(crate) room: bool,
+    /// Nothing more is to be read before the close.
+    pub(crate) stop_reading: bool,
     /// A DNS look-up ended.
     pub(crate) addresses: Option<(u64, io::Result<Vec<SocketAddr>>)>,
 }
@@ -49,17 +56,20 @@ pub(crate) struct Signals {
 pub(crate) enum Refused {
     Full,
     Closed,
+    EpochOver,
 }
 
 impl Signals {
     fn any(&self) -> bool {
-        self.close.is_some() || self.fired || self.rearm || self.room || self.addresses.is_some()
+        let plain = self.fired || self.rearm || self.room || self.stop_reading;
+        plain || self.close.is_some() || self.addresses.is_some()
     }
 }
 
 impl Inbox {
     pub(crate) fn new(capacity: usize) -> Self {
-        Self { state: Mutex::default(), room: Condvar::new(), capacity }
+        let (state, room) = (Mutex::default(), Condvar::new());
+        Self { state, room, capacity, discarded: Counter::default() }
     }
 
     /// A thread begins to listen.
@@ -102,11 +112,35 @@ impl Inbox {
         !self.lock().outbox.is_empty()
     }
 
-    /// Puts a message into the outbox, which may have to have room.
+    /// An epoch begins: messages for it alone are taken.
+    pub(crate) fn begin_epoch(&self, epoch: u64) {
+        self.lock().epoch = Some(epoch);
+    }
+
+    /// The epoch is over: messages for it alone are discarded, under one lock
+    /// with the refusal of further ones, so that none is left for a later socket.
+    pub(crate) fn end_epoch(&self) {
+        let mut state = self.lock();
+        state.epoch = None;
+        self.discard(&mut state);
+        drop(state);
+        self.room.notify_all();
+    }
+
+    fn discard(&self, state: &mut State) {
+        let before = state.outbox.len();
+        state.outbox.retain(|Outgoing(_, only_in)| only_in.is_none());
+        self.discarded.add((before - state.outbox.len()) as u64);
+    }
+
+    /// Puts a message into the outbox, which must have room.
     pub(crate) fn push(&self, message: Outgoing) -> Result<(), (Refused, Outgoing)> {
         let mut state = self.lock();
         if state.closed {
             return Err((Refused::Closed, message));
+        }
+        if message.1.is_some() && message.1 != state.epoch {
+            return Err((Refused::EpochOver, message));
         }
         if state.outbox.len() >= self.capacity {
             return Err((Refused::Full, message));
@@ -163,6 +197,7 @@ impl Inbox {
     pub(crate) fn close(&self) -> Vec<Outgoing> {
         let mut state = self.lock();
         state.closed = true;
+        self.discard(&mut state);
         let left = state.outbox.drain(..).collect();
         drop(state);
         self.room.notify_all();

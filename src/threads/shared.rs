@@ -138,7 +138,10 @@ impl Shared {
                 .connections
                 .iter()
                 .zip(states)
-                .map(|(peer, state)| peer.metrics.snapshot(state, now))
+                .map(|(peer, state)| {
+                    let discarded = peer.inbox.discarded.get();
+                    peer.metrics.snapshot(state, now, discarded)
+                })
                 .collect(),
         }
     }

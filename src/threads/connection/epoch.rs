@@ -115,6 +115,7 @@ impl<'c> Epoch<'c> {
         let ws = Websocket::new(dialed.stream, rest, shared.policy.limits);
         let (received, sent) = ws.socket().traffic();
         let resume = connection.resume.clone();
+        connection.peer().inbox.begin_epoch(number);
         Self {
             connection,
             number,
@@ -157,6 +158,7 @@ impl<'c> Epoch<'c> {
         let unfinished = self.ws.take_unfinished();
         let connection = self.connection;
         connection.peer().inbox.put_back(unfinished);
+        connection.peer().inbox.end_epoch();
         self.ws.release(&mut connection.poller);
         if let EpochEnd::Closed = end {
             let now = connection.shared.clock.now();
@@ -228,6 +230,11 @@ impl<'c> Epoch<'c> {
 
     fn hear(&mut self) -> Result<(), EpochEnd> {
         self.connection.hear();
+        if self.is_quiet() {
+            // This side does not listen: silence says nothing about the peer.
+            let now = self.now();
+            self.live.pause(now);
+        }
         if let Some(deadline) = self.connection.closing {
             if self.opening.is_some() {
                 // No peer to take leave of: the session never began.
@@ -276,7 +283,13 @@ impl<'c> Epoch<'c> {
     /// full: what it waits for may be next.
     fn can_read(&self) -> bool {
         let opens = self.opening.is_some() && self.connection.held.len() < MAX_HELD;
-        self.more && (!self.blocked || opens)
+        self.more && (!self.blocked || opens) && !self.is_quiet()
+    }
+
+    /// Whether nothing is read although there may be room: the client is about
+    /// to close, and is still sending answers.
+    fn is_quiet(&self) -> bool {
+        self.connection.quiet && self.opening.is_none() && self.leaving == Leaving::No
     }
 
     /// Reads up to a block. What was read before an error is handed over all

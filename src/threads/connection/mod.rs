@@ -96,6 +96,8 @@ pub(crate) struct Connection {
     shed: Shed,
     /// The client closes; the connection must be done by then.
     closing: Option<Instant>,
+    /// Nothing more is to be read before the close.
+    quiet: bool,
 }
 
 /// Messages that were shed and not told of yet.
@@ -137,6 +139,7 @@ impl Connection {
             lookups: 0,
             shed: Shed::default(),
             closing: None,
+            quiet: false,
         })
     }
 
@@ -269,6 +272,7 @@ impl Connection {
     fn hear(&mut self) {
         let signals = self.peer().inbox.signals();
         self.closing = signals.close.or(self.closing);
+        self.quiet |= signals.stop_reading;
         if signals.fired || signals.rearm {
             self.armed = None;
         }
@@ -451,6 +455,7 @@ impl Drop for Connection {
     fn drop(&mut self) {
         self.release_held();
         self.tell_all_shed();
+        self.peer().inbox.end_epoch();
         *self.peer().last_message() = self.resume.take();
         self.peer().inbox.detach();
         if let Some(lookup) = self.lookup.take() {

@@ -101,7 +101,7 @@ impl<T: Send + 'static> Batcher<T> {
     fn weight<H: Handler<Item = T>>(&self, flow: &Flow<H>, item: &T) -> usize {
         let Some(weigh) = &self.weigh else { return 1 };
         contained_user(|| weigh(item)).unwrap_or_else(|panic| {
-            flow.emit(PipelineEvent::Panic { hook: "batch size", message: panic_text(&*panic) });
+            flow.panicked("batch size", &*panic);
             1
         })
     }

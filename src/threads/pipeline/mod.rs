@@ -121,6 +121,8 @@ struct State {
     /// Room that sources have taken for messages they are pulling.
     reserved: usize,
     open_sources: usize,
+    /// Of these, how many wait for what they read to be settled.
+    answering: usize,
     /// When work must be over, and by when threads must have ended.
     deadline: Option<(Instant, Instant)>,
     ending: Ending,
@@ -316,6 +318,7 @@ impl<H: Handler> Flow<H> {
                 next_pull: 0,
                 reserved: 0,
                 open_sources,
+                answering: 0,
                 deadline: None,
                 ending: Ending::default(),
             }),
@@ -383,6 +386,38 @@ impl<H: Handler> Flow<H> {
         let deadline = &mut lock(&self.state).deadline;
         let earlier = deadline.map_or((work, end), |(w, e)| (w.min(work), e.min(end)));
         *deadline = Some(earlier);
+        self.changed.notify_all();
+    }
+
+    /// Waits until everything accepted is settled; `false` when half of the time
+    /// that is left has passed, or the pipeline has stopped. Open batches do not
+    /// wait for company meanwhile, once all sources are here.
+    pub(crate) fn wait_settled(&self) -> bool {
+        lock(&self.state).answering += 1;
+        self.batchers.values().for_each(|batcher| batcher.tick.fire());
+        let settled = self.wait_until_settled();
+        lock(&self.state).answering -= 1;
+        settled
+    }
+
+    fn wait_until_settled(&self) -> bool {
+        let began = self.clock.now();
+        let mut state = lock(&self.state);
+        while state.ledger.in_flight > 0 && state.phase < Phase::Stopped {
+            state = match state.deadline {
+                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some((work, _)) => {
+                    let until = began + work.saturating_duration_since(began) / 2;
+                    let left = until.saturating_duration_since(self.clock.now());
+                    if left.is_zero() {
+                        return false;
+                    }
+                    let waited = self.changed.wait_timeout(state, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+        state.ledger.in_flight == 0
     }
 
     /// When work must be over.
@@ -457,7 +492,7 @@ impl<H: Handler> Flow<H> {
     pub(crate) fn is_upstream_empty(&self) -> bool {
         let state = lock(&self.state);
         state.phase >= Phase::Draining
-            && state.open_sources == 0
+            && state.open_sources == state.answering
             && self.counters.upstream.get() == 0
     }
 

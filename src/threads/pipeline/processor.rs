@@ -81,13 +81,13 @@ fn prepare<H: Handler>(flow: &Flow<H>, slot: &Slot) {
     if messages.is_empty() {
         return;
     }
-    let message = match contained_user(|| flow.handler.prepare(&messages)) {
-        Ok(Ok(())) => return,
-        Ok(Err(failure)) => failure.to_string(),
-        Err(panic) => panic_text(&*panic),
-    };
-    flow.counters.panics.add(1);
-    flow.emit(PipelineEvent::Panic { hook: "Handler::prepare", message });
+    match contained_user(|| flow.handler.prepare(&messages)) {
+        Ok(Ok(())) => {}
+        Ok(Err(failure)) => {
+            flow.emit(PipelineEvent::PrepareFailed { reason: failure.to_string() });
+        }
+        Err(panic) => flow.panicked("Handler::prepare", &*panic),
+    }
 }
 
 /// Handles one message to its next step: done, in a batch, to be tried again,

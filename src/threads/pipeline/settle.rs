@@ -1,5 +1,7 @@
 //! Settlement: what happens once to each message when its outcome is known.
 
+use std::any::Any;
+
 use super::stats::PipelineEvent;
 use super::{Flow, Phase, Slot, lock};
 use crate::threads::{contained_user, panic_text};
@@ -113,9 +115,14 @@ impl<H: Handler> Flow<H> {
     /// Runs user code whose failure harms nothing.
     pub(crate) fn guarded(&self, hook: &'static str, run: impl FnOnce()) {
         if let Err(panic) = contained_user(run) {
-            self.counters.panics.add(1);
-            self.emit(PipelineEvent::Panic { hook, message: panic_text(&*panic) });
+            self.panicked(hook, &*panic);
         }
+    }
+
+    /// Counts a panic of user code, and tells of it.
+    pub(crate) fn panicked(&self, hook: &'static str, panic: &(dyn Any + Send)) {
+        self.counters.panics.add(1);
+        self.emit(PipelineEvent::Panic { hook, message: panic_text(panic) });
     }
 }
 

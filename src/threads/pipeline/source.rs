@@ -3,13 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::select;
+use crossbeam_channel::{bounded, select};
 
-use super::stats::PipelineEvent;
 use super::{Flow, Phase, lock};
 use crate::message::Message;
-use crate::threads::{contained_user, panic_text};
-use crate::work::{Handler, Pull, Source, Ticket};
+use crate::threads::contained_user;
+use crate::work::{Handler, Pull, Source, Stop, Ticket};
 
 /// How long a source may take to close while the pipeline drains.
 const CLOSE: Duration = Duration::from_secs(5);
@@ -19,13 +18,19 @@ const PULL: usize = 256;
 
 /// The thread's body.
 pub(crate) fn run<H: Handler>(flow: &Arc<Flow<H>>, index: usize, mut source: Box<dyn Source>) {
-    let mut open = true;
+    let mut intake = Intake::Open;
     loop {
+        if intake == Intake::Answering && flow.wait_settled() {
+            intake = Intake::LastLook;
+        } else if matches!(intake, Intake::Answering | Intake::Answered) {
+            close(flow, index, &mut *source);
+            intake = Intake::Closed;
+        }
         let room = flow.reserve(PULL);
         if room == 0 {
             break;
         }
-        let pulled = turn(flow, index, &mut *source, &mut open, room);
+        let pulled = turn(flow, index, &mut *source, &mut intake, room);
         let count = pulled.as_ref().map_or(0, Vec::len);
         let pull = flow.accept(count, room);
         let Some(messages) = pulled else { break };
@@ -33,11 +38,25 @@ pub(crate) fn run<H: Handler>(flow: &Arc<Flow<H>>, index: usize, mut source: Box
             break;
         }
     }
-    if open {
+    if intake != Intake::Closed {
         close(flow, index, &mut *source);
     }
     drop(source);
     flow.source_ended();
+}
+
+/// How far a source is on its way to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Intake {
+    Open,
+    /// Reads nothing new; what was read is pulled.
+    Quiet,
+    /// All of that is pulled; its answers go out before the close.
+    Answering,
+    /// All of that is answered; what was just being read may have come since.
+    LastLook,
+    Answered,
+    Closed,
 }
 
 /// Pulls once; `None` at the source's end.
@@ -45,29 +64,47 @@ fn turn<H: Handler>(
     flow: &Flow<H>,
     index: usize,
     source: &mut dyn Source,
-    open: &mut bool,
+    intake: &mut Intake,
     room: usize,
 ) -> Option<Vec<Message>> {
-    let stop = flow.sources[index].stop();
+    let mut stop = flow.sources[index].stop();
     // Looked at after the signal was taken: a change before it is seen here, one
     // after it is signalled.
     let phase = flow.phase();
     if phase == Phase::Paused || phase >= Phase::Stopped {
         return Some(Vec::new());
     }
-    if phase == Phase::Draining && std::mem::take(open) {
-        close(flow, index, source);
+    if phase == Phase::Draining && *intake == Intake::Open {
+        *intake = begin_end(flow, index, source);
+    }
+    if matches!(intake, Intake::Quiet | Intake::LastLook) {
+        // Nothing is waited for.
+        stop = Stop { signal: bounded(0).1 };
     }
     match contained_user(|| source.pull(room, &stop)) {
-        Ok(Pull::Messages(messages)) => Some(messages),
+        Ok(Pull::Messages(messages)) => {
+            *intake = match (*intake, messages.is_empty()) {
+                (Intake::Quiet, true) => Intake::Answering,
+                (Intake::LastLook, true) => Intake::Answered,
+                (Intake::LastLook, false) => Intake::Quiet,
+                (same, _) => same,
+            };
+            Some(messages)
+        }
         Ok(Pull::Ended) => None,
         Err(panic) => {
-            let message = panic_text(&*panic);
-            flow.counters.panics.add(1);
-            flow.emit(PipelineEvent::Panic { hook: "Source::pull", message });
+            flow.panicked("Source::pull", &*panic);
             None
         }
     }
+}
+
+fn begin_end<H: Handler>(flow: &Flow<H>, index: usize, source: &mut dyn Source) -> Intake {
+    if contained_user(|| source.stop_reading()).unwrap_or(false) {
+        return Intake::Quiet;
+    }
+    close(flow, index, source);
+    Intake::Closed
 }
 
 fn close<H: Handler>(flow: &Flow<H>, index: usize, source: &mut dyn Source) {
@@ -170,8 +207,7 @@ fn lane<H: Handler>(flow: &Flow<H>, message: &Message) -> usize {
 pub(crate) fn partition_of<H: Handler>(flow: &Flow<H>, message: &Message) -> Option<u64> {
     let partition = flow.policy.partition.as_ref()?;
     Some(contained_user(|| partition(message)).unwrap_or_else(|panic| {
-        let message = panic_text(&*panic);
-        flow.emit(PipelineEvent::Panic { hook: "partition_by", message });
+        flow.panicked("partition_by", &*panic);
         0
     }))
 }

@@ -73,6 +73,12 @@ pub enum PipelineEvent {
         /// Why it was closed.
         trigger: Trigger,
     },
+    /// [`Handler::prepare`](crate::Handler::prepare) returned an error; its
+    /// messages are handled all the same.
+    PrepareFailed {
+        /// Why, in words.
+        reason: String,
+    },
     /// User code panicked; the panic was contained.
     Panic {
         /// Which code it was.
@@ -126,7 +132,9 @@ impl Told for PipelineEvent {
             PipelineEvent::Draining | PipelineEvent::Paused(_) | PipelineEvent::Ended { .. } => {
                 log::Level::Info
             }
-            PipelineEvent::Failed { .. } | PipelineEvent::Slow { .. } => log::Level::Warn,
+            PipelineEvent::Failed { .. }
+            | PipelineEvent::PrepareFailed { .. }
+            | PipelineEvent::Slow { .. } => log::Level::Warn,
             PipelineEvent::Panic { .. }
             | PipelineEvent::AcknowledgeFailed { .. }
             | PipelineEvent::Restarting { .. }
@@ -151,6 +159,7 @@ impl fmt::Display for PipelineEvent {
             PipelineEvent::Batch { batcher, len, trigger } => {
                 write!(f, "batcher {batcher}: {len} items by {trigger:?}")
             }
+            PipelineEvent::PrepareFailed { reason } => write!(f, "preparing failed: {reason}"),
             PipelineEvent::Panic { hook, message } => write!(f, "{hook} panicked: {message}"),
             PipelineEvent::Slow { thread, id, running_for } => {
                 write!(f, "{thread} has worked on message {} for {running_for:.1?}", name(*id))
