@@ -2,6 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr};
+use std::time::Duration;
 
 use mio::Token;
 use mio::net::TcpStream;
@@ -22,6 +23,7 @@ pub(crate) struct Socket {
     can_write: bool,
     received: u64,
     sent: u64,
+    abandoned: bool,
 }
 
 impl Socket {
@@ -29,7 +31,15 @@ impl Socket {
     pub(crate) fn connect(addr: SocketAddr, poller: &mut Poller) -> io::Result<Self> {
         let mut stream = TcpStream::connect(addr)?;
         let token = poller.register(&mut stream)?;
-        Ok(Self { stream, token, can_read: false, can_write: false, received: 0, sent: 0 })
+        Ok(Self {
+            stream,
+            token,
+            can_read: false,
+            can_write: false,
+            received: 0,
+            sent: 0,
+            abandoned: false,
+        })
     }
 
     /// Whether the attempt has succeeded (`Some(Ok)`), failed, or goes on.
@@ -71,11 +81,21 @@ impl Socket {
         (self.received, self.sent)
     }
 
+    /// Makes [`release`](Self::release) reset the connection: what the peer did
+    /// not take is thrown away, and nothing of it is left in the kernel.
+    pub(crate) fn abandon(&mut self) {
+        // A socket that cannot be set so is closed in the ordinary way.
+        let _ = socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
+        self.abandoned = true;
+    }
+
     /// Guarantees that the connection is over and no longer watched, whatever
     /// the peer does.
     pub(crate) fn release(&mut self, poller: &mut Poller) {
         poller.deregister(&mut self.stream);
-        let _ = self.stream.shutdown(Shutdown::Both);
+        if !self.abandoned {
+            let _ = self.stream.shutdown(Shutdown::Both);
+        }
     }
 }
 

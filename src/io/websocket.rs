@@ -275,6 +275,11 @@ impl Websocket {
         self.ws.get_ref().stream().socket()
     }
 
+    /// The peer is gone: nothing is to be left of this socket.
+    pub(crate) fn abandon(&mut self) {
+        self.ws.get_mut().stream_mut().socket_mut().abandon();
+    }
+
     /// Guarantees that the socket is closed and no longer watched.
     pub(crate) fn release(mut self, poller: &mut Poller) {
         self.ws.get_mut().stream_mut().socket_mut().release(poller);

@@ -666,8 +666,10 @@ impl<'c> Epoch<'c> {
     }
 
     /// Tells a server that broke the protocol what it did, if it still listens.
+    /// A peer that is gone is told nothing, and nothing is left for it.
     fn say_why(&mut self, error: &Error) {
         let code = match error.kind() {
+            ErrorKind::NoPong | ErrorKind::WriteStalled => return self.ws.abandon(),
             ErrorKind::Protocol => 1002,
             ErrorKind::TooLarge => 1009,
             ErrorKind::Idle | ErrorKind::Session | ErrorKind::Overflow => 1001,
