@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvError, RecvTimeoutError, TryRecvError, bounded};
 
@@ -122,7 +122,7 @@ impl Client {
     /// A blocking iterator over the messages.
     #[must_use]
     pub fn iter(&self) -> Messages<'_> {
-        Messages { client: self }
+        Messages { client: self, taken: None, most: 1, count: 0, since: self.shared.clock.now() }
     }
 
     /// The channel behind the queue, to put into `crossbeam_channel::select!`.
@@ -390,16 +390,58 @@ impl fmt::Debug for Client {
 
 /// The messages of a [`Client`], each waited for. Ends when the client was
 /// closed or has failed, after the queue is empty.
+///
+/// An iterator whose messages are used quickly takes several at a time; one
+/// whose messages take long takes one by one, and leaves the others to other
+/// threads. Dropped, it leaves what it has not yielded to the next consumer.
 #[derive(Debug)]
 pub struct Messages<'c> {
     client: &'c Client,
+    taken: Option<Block>,
+    /// How many were asked for and taken last, and when.
+    most: usize,
+    count: u32,
+    since: Instant,
+}
+
+/// An iterator that needs less than this for a message takes more at a time.
+const QUICK: Duration = Duration::from_micros(10);
+
+/// The most messages that an iterator takes at a time.
+const MOST: usize = 1024;
+
+impl Messages<'_> {
+    fn refill(&mut self) -> Option<()> {
+        let shared = &self.client.shared;
+        let quick = shared.clock.now().saturating_duration_since(self.since) < QUICK * self.count;
+        self.most = if quick { (self.most * 2).min(MOST) } else { 1 };
+        self.taken = None;
+        let block = shared.queue.recv_some(self.most).ok()?;
+        self.count = u32::try_from(block.len()).unwrap_or(u32::MAX);
+        self.since = shared.clock.now();
+        self.taken = Some(block);
+        Some(())
+    }
 }
 
 impl Iterator for Messages<'_> {
     type Item = Message;
 
     fn next(&mut self) -> Option<Message> {
-        self.client.recv().ok()
+        loop {
+            if let Some(message) = self.taken.as_mut().and_then(Block::next) {
+                return Some(message);
+            }
+            self.refill()?;
+        }
+    }
+}
+
+impl Drop for Messages<'_> {
+    fn drop(&mut self) {
+        if let Some(block) = self.taken.take() {
+            self.client.shared.queue.give_back(block);
+        }
     }
 }
 

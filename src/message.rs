@@ -38,6 +38,8 @@ pub struct Block {
     next: u32,
     end: u32,
     account: Option<Arc<dyn Account>>,
+    /// Payload bytes that leave the queue with this view of the block.
+    bytes: usize,
 }
 
 /// The identity of a message: a keyed 128-bit hash of the id found in it, or of
@@ -234,7 +236,7 @@ impl Block {
 
     /// Payload bytes of all its messages, taken or not.
     pub(crate) fn bytes(&self) -> usize {
-        self.data.bytes()
+        self.bytes
     }
 
     /// The ids of the messages left in it.
@@ -248,7 +250,7 @@ impl Block {
     pub(crate) fn discard(mut self) -> usize {
         let left = self.len();
         if let Some(account) = self.account.take() {
-            account.freed(self.data.bytes());
+            account.freed(self.bytes);
         }
         left
     }
@@ -292,7 +294,7 @@ impl Drop for Block {
     fn drop(&mut self) {
         if let Some(account) = self.account.take() {
             account.delivered(self.len());
-            account.freed(self.data.bytes());
+            account.freed(self.bytes);
         }
     }
 }
@@ -447,7 +449,8 @@ impl BlockBuilder {
             self.data.ids.resize(self.data.entries.len(), None);
         }
         let end = narrow(self.data.entries.len());
-        Block { data: Arc::new(self.data), next: 0, end, account: None }
+        let bytes = self.data.bytes();
+        Block { data: Arc::new(self.data), next: 0, end, account: None, bytes }
     }
 
     fn place(&mut self, payload: Payload<'_>) -> (Kind, usize, usize) {
@@ -495,10 +498,19 @@ impl Block {
     /// Splits off what lies behind the first `keep` messages.
     pub(crate) fn split_off(&mut self, keep: usize) -> Block {
         let middle = self.end.min(self.next + u32::try_from(keep).unwrap_or(u32::MAX));
-        let rest =
-            Block { data: Arc::clone(&self.data), next: middle, end: self.end, account: None };
+        let data = Arc::clone(&self.data);
+        let rest = Block { data, next: middle, end: self.end, account: None, bytes: self.bytes };
         self.end = middle;
         rest
+    }
+
+    /// Splits off the first `count` messages. The bytes stay with the rest.
+    pub(crate) fn split_front(&mut self, count: usize) -> Block {
+        let middle = self.end.min(self.next + narrow(count));
+        let (data, account) = (Arc::clone(&self.data), self.account.clone());
+        let front = Block { data, next: self.next, end: middle, account, bytes: 0 };
+        self.next = middle;
+        front
     }
 }
 

@@ -1,6 +1,7 @@
 //! What runs: one file for each kind of thread, and how they are started.
 
 pub(crate) mod connection;
+mod consume;
 pub(crate) mod events;
 pub(crate) mod inbox;
 pub(crate) mod monitor;

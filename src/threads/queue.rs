@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, never, select};
+use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::inbox::Inbox;
 use crate::logic::dedup::{Dedup, Processing};
 use crate::logic::ledger::Books;
 use crate::logic::overflow::{Decision, Overflow, Room, decide};
-use crate::message::{Account, Block, BlockBuilder, Message, MessageId};
+use crate::message::{Account, Block, BlockBuilder, MessageId};
 use crate::metrics::{Counter, DropReason, Dropped, Ledger};
 
 /// Limits of the queue.
@@ -38,13 +38,13 @@ pub(crate) struct Queue {
     policy: QueuePolicy,
     /// `None` once closed: a connection that hangs cannot keep consumers waiting.
     sender: Mutex<Option<Sender<Block>>>,
-    receiver: Receiver<Block>,
+    pub(super) receiver: Receiver<Block>,
     intake: Mutex<Intake>,
     gate: Arc<Gate>,
-    opened: Mutex<VecDeque<Block>>,
+    pub(super) opened: Mutex<VecDeque<Block>>,
     /// Says that `opened` holds messages, to consumers that wait.
-    nudge: (Sender<()>, Receiver<()>),
-    waiting: AtomicUsize,
+    pub(super) nudge: (Sender<()>, Receiver<()>),
+    pub(super) waiting: AtomicUsize,
     pub(crate) without_id: Counter,
 }
 
@@ -307,98 +307,6 @@ impl Queue {
 
     pub(crate) fn receiver(&self) -> &Receiver<Block> {
         &self.receiver
-    }
-
-    /// The next message, from a block some consumer has opened or a new one;
-    /// waits until `until`, or for ever.
-    pub(crate) fn recv(&self, until: Option<Instant>) -> Result<Message, NoMessage> {
-        if let Ok(message) = self.try_recv() {
-            return Ok(message);
-        }
-        self.waiting.fetch_add(1, SeqCst);
-        let message = self.wait(until);
-        self.waiting.fetch_sub(1, SeqCst);
-        message
-    }
-
-    fn wait(&self, until: Option<Instant>) -> Result<Message, NoMessage> {
-        let timeout = until.map_or_else(never, crossbeam_channel::at);
-        loop {
-            match self.try_recv() {
-                Err(NoMessage::Timeout) => {}
-                known => return known,
-            }
-            select! {
-                recv(self.receiver) -> block => if let Ok(block) = block {
-                    self.open(block);
-                },
-                recv(self.nudge.1) -> _ => {}
-                recv(timeout) -> _ => return self.try_recv(),
-            }
-        }
-    }
-
-    /// Waits until there may be a message, or `stop` disconnects; `false` when
-    /// there will be none.
-    pub(crate) fn wait_ready(&self, stop: &Receiver<()>) -> bool {
-        self.waiting.fetch_add(1, SeqCst);
-        // Looked at after it counts as waiting: who opens a block later nudges.
-        let ready = !self.opened().is_empty() || self.wait_block(stop);
-        self.waiting.fetch_sub(1, SeqCst);
-        ready
-    }
-
-    fn wait_block(&self, stop: &Receiver<()>) -> bool {
-        select! {
-            recv(self.receiver) -> block => match block {
-                Ok(block) => {
-                    self.open(block);
-                    true
-                }
-                Err(_) => !self.opened().is_empty(),
-            },
-            recv(self.nudge.1) -> _ => true,
-            recv(stop) -> _ => true,
-        }
-    }
-
-    /// The next message if there is one; `Timeout` means none yet.
-    pub(crate) fn try_recv(&self) -> Result<Message, NoMessage> {
-        if let Some(message) = self.next_opened() {
-            return Ok(message);
-        }
-        match self.receiver.try_recv() {
-            Ok(block) => {
-                self.open(block);
-                self.next_opened().ok_or(NoMessage::Timeout)
-            }
-            Err(TryRecvError::Empty) => Err(NoMessage::Timeout),
-            // Another consumer may have opened the last block just now.
-            Err(TryRecvError::Disconnected) => self.next_opened().ok_or(NoMessage::Ended),
-        }
-    }
-
-    fn open(&self, block: Block) {
-        self.opened().push_back(block);
-    }
-
-    fn next_opened(&self) -> Option<Message> {
-        let mut opened = self.opened();
-        let message = opened.front_mut()?.next();
-        let finished =
-            if opened.front().is_some_and(Block::is_empty) { opened.pop_front() } else { None };
-        let more = !opened.is_empty();
-        drop(opened);
-        // Tells the books, and perhaps wakes a reader: not under the lock.
-        drop(finished);
-        if more && self.waiting.load(SeqCst) > 0 {
-            let _ = self.nudge.0.try_send(());
-        }
-        message
-    }
-
-    fn opened(&self) -> MutexGuard<'_, VecDeque<Block>> {
-        self.opened.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn intake(&self) -> MutexGuard<'_, Intake> {
