@@ -83,7 +83,9 @@ impl Row {
 
     /// Each round's ratio of this crate's value to the bare one.
     fn ratios(&self) -> Vec<f64> {
-        self.here.iter().zip(&self.bare).map(|(here, bare)| here / bare).collect()
+        let ratios = self.here.iter().zip(&self.bare).map(|(here, bare)| here / bare);
+        // Nothing compares with zero.
+        ratios.filter(|ratio| ratio.is_finite()).collect()
     }
 
     /// How far from its goal it is: 1 or less is met. `None` without a goal.
