@@ -318,11 +318,11 @@ fn hear(mut wire: Wire, base: Instant, load: Load) -> Vec<f64> {
     let until = Instant::now() + LONG;
     while Instant::now() < until {
         let mut idle = true;
-        if load == Load::Flood {
-            if let Ok(count) = wire.write(&flood[written..]) {
-                written = (written + count) % flood.len();
-                idle = false;
-            }
+        if load == Load::Flood
+            && let Ok(count) = wire.write(&flood[written..])
+        {
+            written = (written + count) % flood.len();
+            idle = false;
         }
         match wire.read(&mut buf) {
             Ok(0) => break,
