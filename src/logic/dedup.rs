@@ -1,9 +1,6 @@
 //! The window of message ids that were seen.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
-use std::hash::{BuildHasherDefault, Hasher};
-use std::mem;
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use crate::error::Error;
@@ -25,148 +22,433 @@ pub enum Processing {
 /// message failed, is accepted again; its place in the count stays used.
 ///
 /// Ids are taken as they are for hashes: they must be uniformly random to a
-/// peer that does not know the key, or it could crowd them into one bucket.
+/// peer that does not know the key, or it could crowd them into one line. 95 of
+/// their 128 bits are kept and compared.
 ///
-/// Two generations keep it fast and small: ids enter the young one; after
-/// `capacity` acceptances it becomes the old one, whose predecessor holds
-/// nothing remembered by then and is emptied for reuse. Exactness does not
-/// come from that, but from the sequence number and time kept with each id, so
-/// there is no ring to keep and no sweep. Memory grows with use, to at most
-/// `2 * capacity` ids of 32 bytes each (and the maps' spare room).
+/// The table is larger than any cache, so what counts is how many of its lines
+/// an id touches: one, which holds four ids with the numbers of their
+/// acceptances. There is no ring: an id is old when its number is, and the next
+/// line in turn is swept at each acceptance. An id whose line is full of others
+/// that count goes to a small map. Memory grows with use, to about 42 bytes for
+/// each id of the capacity (twice that with a time to live).
 #[derive(Debug, Clone)]
 pub(crate) struct Dedup {
-    /// Accepted since the last turn of generations.
-    young: Generation,
-    /// Accepted in the generation before.
-    old: Generation,
+    lines: Vec<Line>,
+    /// When each id was accepted, in nanoseconds; kept with a time to live only.
+    times: Vec<[u64; WAYS]>,
+    /// Ids that found their lines full, with their acceptances, and their order.
+    spill: HashMap<Key, Spilled>,
+    spill_order: VecDeque<(u64, Key)>,
+    /// Slots in use.
+    used: usize,
+    /// Half of their slots are in use when the window is full.
+    most_lines: usize,
+    /// The line to be swept next.
+    hand: usize,
     /// Acceptances that an id survives.
     capacity: u64,
     /// Nanoseconds that an id survives; `u64::MAX`, 584 years: for ever.
     ttl: u64,
-    /// Acceptances so far: the sequence number of the next.
+    /// Acceptances so far: the number of the last.
     accepted: u64,
-    /// What that was at the last turn of generations.
-    turned: u64,
     /// What times are counted from: the first acceptance.
     base: Option<Instant>,
 }
 
-type Generation = HashMap<u128, Seen, BuildHasherDefault<AsItIs>>;
+/// Ids in one line.
+const WAYS: usize = 4;
 
-/// What is kept with an id: 16 bytes, so that an entry is half a cache line.
+/// A bit for each of them.
+const ALL: u32 = (1 << WAYS) - 1;
+
+/// Lines of a window that has just begun.
+const FIRST_LINES: usize = 16;
+
+/// The largest capacity: acceptances are told apart by 31 bits, and swept long
+/// before they repeat.
+const LARGEST: usize = 1 << 28;
+
+/// Set in the first `high` of a line from which ids have spilled.
+const HAS_SPILLED: u32 = 1 << 31;
+
+/// One cache line.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(align(64))]
+struct Line {
+    /// The low half of each id.
+    keys: [u64; WAYS],
+    /// 31 bits of the high half, which choose the line.
+    highs: [u32; WAYS],
+    /// The number of its acceptance, times two, plus one when done; 0: empty.
+    marks: [u32; WAYS],
+}
+
+/// What is kept of an id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Key {
+    low: u64,
+    high: u32,
+}
+
 #[derive(Debug, Clone, Copy)]
-struct Seen {
-    /// The sequence number of its acceptance, times two, plus one when done.
-    mark: u64,
-    /// When it was accepted, in nanoseconds since the base.
+struct Spilled {
+    number: u64,
     at: u64,
+    done: bool,
 }
 
 /// The point from which an id is judged.
 #[derive(Debug, Clone, Copy)]
 struct Horizon {
-    /// The first sequence number still remembered.
-    first: u64,
+    /// The last acceptance's number.
+    accepted: u64,
+    /// As in [`Dedup`].
+    capacity: u64,
     /// Now, in nanoseconds since the base.
     now: u64,
     /// As in [`Dedup`].
     ttl: u64,
 }
 
+/// Where an id is.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    Line { line: usize, way: usize },
+    Spill,
+}
+
 impl Dedup {
     /// An empty window of `capacity` ids (at least one), each remembered for
     /// `ttl` at most. Nothing is allocated yet.
     pub(crate) fn new(capacity: usize, ttl: Option<Duration>) -> Self {
+        let capacity = capacity.clamp(1, LARGEST);
         Self {
-            young: Generation::default(),
-            old: Generation::default(),
-            capacity: (capacity as u64).max(1),
+            most_lines: capacity.div_ceil(2).next_power_of_two(),
+            lines: Vec::new(),
+            times: Vec::new(),
+            spill: HashMap::new(),
+            spill_order: VecDeque::new(),
+            used: 0,
+            hand: 0,
+            capacity: capacity as u64,
             ttl: ttl.map_or(u64::MAX, nanos),
             accepted: 0,
-            turned: 0,
             base: None,
         }
     }
 
     /// Whether a message with this id is fresh, and from now on in flight;
     /// `false`: it is a duplicate.
+    #[inline]
     pub(crate) fn accept(&mut self, id: u128, now: Instant) -> bool {
         let base = *self.base.get_or_insert(now);
-        let horizon = self.horizon(base, now);
-        if self.old.get(&id).is_some_and(|seen| horizon.holds(*seen)) {
+        if self.used * 2 >= self.lines.len() * WAYS && self.lines.len() < self.most_lines {
+            self.grow();
+        }
+        let key = Key::of(id);
+        let mut horizon = self.horizon(base, now);
+        let index = key.high as usize & (self.lines.len() - 1);
+        let (same, live) = self.scan(index, key, horizon);
+        if same & live != 0 {
             return false;
         }
-        let fresh = Seen { mark: self.accepted << 1, at: horizon.now };
-        match self.young.entry(id) {
-            Entry::Occupied(entry) if horizon.holds(*entry.get()) => return false,
-            Entry::Occupied(mut entry) => *entry.get_mut() = fresh,
-            Entry::Vacant(entry) => _ = entry.insert(fresh),
+        if self.lines[index].has_spilled() && self.is_in_spill(key, horizon) {
+            return false;
         }
         self.accepted += 1;
-        self.turn();
+        if self.accepted << 1 & MARKS == 0 {
+            // The number of an empty slot: it is passed over.
+            self.accepted += 1;
+        }
+        horizon.accepted = self.accepted;
+        // Where it was before, or where nothing is that counts.
+        let free = if same != 0 { same } else { !live & ALL };
+        if free == 0 {
+            self.put_in_spill(index, key, horizon);
+        } else {
+            self.put(index, free.trailing_zeros() as usize, key, horizon);
+        }
+        self.sweep(horizon);
         true
     }
 
     /// The message was processed to success. Without effect on an id that is
     /// not remembered.
     pub(crate) fn done(&mut self, id: u128) {
-        // The young entry, if there is one, is the later acceptance.
-        if let Some(seen) = self.young.get_mut(&id).or_else(|| self.old.get_mut(&id)) {
-            seen.mark |= 1;
+        let key = Key::of(id);
+        match self.find(key) {
+            Some(Place::Line { line, way }) => self.lines[line].marks[way] |= 1,
+            Some(Place::Spill) => {
+                if let Some(spilled) = self.spill.get_mut(&key) {
+                    spilled.done = true;
+                }
+            }
+            None => {}
         }
     }
 
     /// The message failed: its redelivery shall be accepted. `true` if the id
     /// was held, which it may be for some time after it stopped to count.
     pub(crate) fn forget(&mut self, id: u128) -> bool {
-        let young = self.young.remove(&id).is_some();
-        let old = self.old.remove(&id).is_some();
-        young || old
+        let key = Key::of(id);
+        let place = self.find(key);
+        match place {
+            Some(Place::Line { line, way }) => self.clear(line, way),
+            Some(Place::Spill) => _ = self.spill.remove(&key),
+            None => {}
+        }
+        place.is_some()
     }
 
     /// How far the message with this id got, if it is remembered at `now`.
     pub(crate) fn state(&self, id: u128, now: Instant) -> Option<Processing> {
         let horizon = self.horizon(self.base?, now);
-        let seen = self.young.get(&id).or_else(|| self.old.get(&id))?;
-        horizon.holds(*seen).then(|| seen.processing())
+        let key = Key::of(id);
+        let mark = self.mark_of(self.find(key)?, key);
+        horizon.holds(mark).then_some(if mark.done {
+            Processing::Done
+        } else {
+            Processing::InFlight
+        })
     }
 
-    /// Ids held in memory, remembered or not: at most `2 * capacity`.
+    /// Ids held in memory, remembered or not.
     #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
-        self.young.len() + self.old.len()
+        self.used + self.spill.len()
     }
 
     fn horizon(&self, base: Instant, now: Instant) -> Horizon {
         Horizon {
-            first: self.accepted.saturating_sub(self.capacity),
+            accepted: self.accepted,
+            capacity: self.capacity,
             now: nanos(now.saturating_duration_since(base)),
             ttl: self.ttl,
         }
     }
 
-    /// Lets the generations take turns when every id of the old one is beyond
-    /// the horizon. Emptying it touches one byte for each id, not the ids.
-    fn turn(&mut self) {
-        if self.accepted - self.turned >= self.capacity {
-            self.turned = self.accepted;
-            mem::swap(&mut self.young, &mut self.old);
-            self.young.clear();
+    /// Where an id is, remembered or not: it is in one place at most.
+    #[inline]
+    fn find(&self, key: Key) -> Option<Place> {
+        let line = self.line_of(key)?;
+        let found = self.lines[line].way_of(key).map(|way| Place::Line { line, way });
+        if found.is_some() || !self.lines[line].has_spilled() {
+            return found;
+        }
+        self.spill.contains_key(&key).then_some(Place::Spill)
+    }
+
+    fn mark_of(&self, place: Place, key: Key) -> Mark {
+        match place {
+            Place::Line { line, way } => self.mark(line, way),
+            Place::Spill => self.spill.get(&key).map_or(Mark::NONE, |spilled| Mark {
+                number: spilled.number as u32 & NUMBERS,
+                at: spilled.at,
+                done: spilled.done,
+            }),
         }
     }
+
+    fn mark(&self, line: usize, way: usize) -> Mark {
+        let mark = self.lines[line].marks[way];
+        let at = self.times.get(line).map_or(u64::MAX, |times| times[way]);
+        Mark { number: mark >> 1, at, done: mark & 1 == 1 }
+    }
+
+    /// Which slots of a line hold this id, and which hold one that counts: a bit
+    /// for each, found without a branch that nobody could predict.
+    #[inline]
+    fn scan(&self, index: usize, key: Key, horizon: Horizon) -> (u32, u32) {
+        let line = &self.lines[index];
+        let (mut same, mut live) = (0, 0);
+        for way in 0..WAYS {
+            let mark = line.marks[way];
+            let equal = (line.keys[way] == key.low)
+                & (line.highs[way] & !HAS_SPILLED == key.high)
+                & (mark != 0);
+            same |= u32::from(equal) << way;
+            live |= u32::from((mark != 0) & horizon.counts(mark >> 1)) << way;
+        }
+        if let Some(times) = self.times.get(index) {
+            for (way, at) in times.iter().enumerate() {
+                live &= !(u32::from(!horizon.is_young(*at)) << way);
+            }
+        }
+        (same, live)
+    }
+
+    /// Whether the spill remembers the id; one that it holds in vain goes.
+    #[cold]
+    fn is_in_spill(&mut self, key: Key, horizon: Horizon) -> bool {
+        let remembered =
+            self.spill.contains_key(&key) && horizon.holds(self.mark_of(Place::Spill, key));
+        if !remembered {
+            self.spill.remove(&key);
+        }
+        remembered
+    }
+
+    /// Doubles the lines while the window has not its full size.
+    #[cold]
+    fn grow(&mut self) {
+        self.resize((self.lines.len() * 2).max(FIRST_LINES).min(self.most_lines));
+    }
+
+    fn put(&mut self, line: usize, way: usize, key: Key, horizon: Horizon) {
+        let slot = &mut self.lines[line];
+        self.used += usize::from(slot.marks[way] == 0);
+        slot.keys[way] = key.low;
+        slot.highs[way] = key.high | slot.highs[way] & HAS_SPILLED;
+        slot.marks[way] = horizon.accepted as u32 & NUMBERS;
+        slot.marks[way] <<= 1;
+        if let Some(times) = self.times.get_mut(line) {
+            times[way] = horizon.now;
+        }
+    }
+
+    #[cold]
+    fn put_in_spill(&mut self, line: usize, key: Key, horizon: Horizon) {
+        self.lines[line].highs[0] |= HAS_SPILLED;
+        let number = horizon.accepted;
+        self.spill.insert(key, Spilled { number, at: horizon.now, done: false });
+        self.spill_order.push_back((number, key));
+    }
+
+    fn clear(&mut self, line: usize, way: usize) {
+        self.lines[line].marks[way] = 0;
+        self.used -= 1;
+    }
+
+    /// Empties the outdated slots of the next line in turn, so that numbers are
+    /// gone long before they repeat; and the outdated part of the spill.
+    #[inline]
+    fn sweep(&mut self, horizon: Horizon) {
+        self.hand = (self.hand + 1) & (self.lines.len() - 1);
+        let (_, live) = self.scan(self.hand, Key { low: 0, high: 0 }, horizon);
+        let line = &mut self.lines[self.hand];
+        for (way, mark) in line.marks.iter_mut().enumerate() {
+            let outdated = (*mark != 0) & (live >> way & 1 == 0);
+            self.used -= usize::from(outdated);
+            *mark &= u32::from(outdated).wrapping_sub(1);
+        }
+        if self.spill.is_empty() {
+            line.highs[0] &= !HAS_SPILLED;
+        }
+        if !self.spill_order.is_empty() {
+            self.sweep_spill(horizon);
+        }
+    }
+
+    #[cold]
+    fn sweep_spill(&mut self, horizon: Horizon) {
+        while let Some((number, key)) = self.spill_order.front().copied()
+            && horizon.accepted - number >= horizon.capacity
+        {
+            self.spill_order.pop_front();
+            if self.spill.get(&key).is_some_and(|spilled| spilled.number == number) {
+                self.spill.remove(&key);
+            }
+        }
+    }
+
+    /// Spreads the ids over `count` lines.
+    fn resize(&mut self, count: usize) {
+        let lines = std::mem::replace(&mut self.lines, vec![Line::default(); count]);
+        let times = std::mem::take(&mut self.times);
+        if self.ttl != u64::MAX {
+            self.times = vec![[0; WAYS]; count];
+        }
+        self.used = 0;
+        for (index, line) in lines.into_iter().enumerate() {
+            for way in (0..WAYS).filter(|way| line.marks[*way] != 0) {
+                let at = times.get(index).map_or(0, |times| times[way]);
+                self.move_in(line.key(way), line.marks[way], at);
+            }
+        }
+        for key in self.spill.keys() {
+            self.lines[key.high as usize & (count - 1)].highs[0] |= HAS_SPILLED;
+        }
+    }
+
+    /// Puts an id where it belongs among more lines than before: what shared a
+    /// line is spread over two, so there is room.
+    fn move_in(&mut self, key: Key, mark: u32, at: u64) {
+        let Some(line) = self.line_of(key) else { return };
+        let Some(way) = (0..WAYS).find(|way| self.lines[line].marks[*way] == 0) else { return };
+        let slot = &mut self.lines[line];
+        slot.keys[way] = key.low;
+        slot.highs[way] = key.high | slot.highs[way] & HAS_SPILLED;
+        slot.marks[way] = mark;
+        self.used += 1;
+        if let Some(times) = self.times.get_mut(line) {
+            times[way] = at;
+        }
+    }
+
+    fn line_of(&self, key: Key) -> Option<usize> {
+        // The number of lines is a power of two.
+        Some(key.high as usize & self.lines.len().checked_sub(1)?)
+    }
+}
+
+/// What a slot says of its id.
+#[derive(Debug, Clone, Copy)]
+struct Mark {
+    /// The low 31 bits of its acceptance's number.
+    number: u32,
+    at: u64,
+    done: bool,
+}
+
+/// The bits of an acceptance's number that are kept, and of a mark.
+const NUMBERS: u32 = u32::MAX >> 1;
+const MARKS: u64 = u32::MAX as u64;
+
+impl Mark {
+    /// Of nothing.
+    const NONE: Self = Self { number: 0, at: 0, done: false };
 }
 
 impl Horizon {
     /// Whether this acceptance still counts. The time of another thread may be
     /// a little behind that of the acceptance: that is no age.
-    fn holds(self, seen: Seen) -> bool {
-        seen.mark >> 1 >= self.first && self.now.saturating_sub(seen.at) < self.ttl
+    fn holds(self, mark: Mark) -> bool {
+        self.counts(mark.number) && self.is_young(mark.at)
+    }
+
+    /// Whether fewer than `capacity` ids were accepted after this number.
+    #[inline]
+    fn counts(self, number: u32) -> bool {
+        let age = (self.accepted as u32).wrapping_sub(number) & NUMBERS;
+        u64::from(age) < self.capacity
+    }
+
+    #[inline]
+    fn is_young(self, at: u64) -> bool {
+        self.now.saturating_sub(at) < self.ttl
     }
 }
 
-impl Seen {
-    fn processing(self) -> Processing {
-        if self.mark & 1 == 1 { Processing::Done } else { Processing::InFlight }
+impl Key {
+    fn of(id: u128) -> Self {
+        Self { low: id as u64, high: (id >> 64) as u32 & !HAS_SPILLED }
+    }
+}
+
+impl Line {
+    #[inline]
+    fn way_of(&self, key: Key) -> Option<usize> {
+        (0..WAYS).find(|way| {
+            self.keys[*way] == key.low && self.marks[*way] != 0 && self.key(*way) == key
+        })
+    }
+
+    fn key(&self, way: usize) -> Key {
+        Key { low: self.keys[way], high: self.highs[way] & !HAS_SPILLED }
+    }
+
+    fn has_spilled(&self) -> bool {
+        self.highs[0] & HAS_SPILLED != 0
     }
 }
 
@@ -174,6 +456,9 @@ impl Seen {
 pub(crate) fn check(capacity: usize, ttl: Option<Duration>) -> Result<(), Error> {
     if capacity == 0 {
         return Err(Error::setting("dedup", "capacity must be more than zero"));
+    }
+    if capacity > LARGEST {
+        return Err(Error::setting("dedup", format!("capacity must be at most {LARGEST}")));
     }
     if ttl.is_some_and(|ttl| ttl.is_zero()) {
         return Err(Error::setting("dedup", "time to live must be more than zero"));
@@ -186,29 +471,12 @@ fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// The hasher of what is a keyed hash already: its first eight bytes.
-#[derive(Debug, Clone, Copy, Default)]
-struct AsItIs(u64);
-
-impl Hasher for AsItIs {
-    fn write(&mut self, bytes: &[u8]) {
-        if let Some(head) = bytes.first_chunk() {
-            self.0 = u64::from_ne_bytes(*head);
-        }
-    }
-
-    fn finish(&self) -> u64 {
-        self.0
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::error::ErrorKind;
     use crate::logic::some_instant;
     use proptest::prelude::*;
-    use std::collections::VecDeque;
 
     fn secs(secs: u64) -> Duration {
         Duration::from_secs(secs)
@@ -303,19 +571,53 @@ mod tests {
         assert!(window.accept(7, now + secs(9)), "also for a thread whose time is behind");
     }
 
+    /// The `n`th of many ids that are spread as real ones are.
+    fn spread(n: u128) -> u128 {
+        n.wrapping_mul(0x9E37_79B9_7F4A_7C15_F39C_C060_5CED_C835) ^ n << 77
+    }
+
     #[test]
-    fn memory_grows_with_use_to_twice_the_capacity() {
+    fn memory_grows_with_use_and_then_no_more() {
         let now = some_instant();
         let mut window = Dedup::new(1000, None);
-        assert_eq!(window.young.capacity() + window.old.capacity(), 0);
-        for id in 0..100_000u128 {
-            // Spread over the buckets as real ids are.
-            window.accept(id.wrapping_mul(0x9E37_79B9_7F4A_7C15_F39C_C060_5CED_C835), now);
+        assert_eq!(window.lines.capacity(), 0);
+        for id in 0..100_000 {
+            window.accept(spread(id), now);
             assert!(window.len() <= 2000);
         }
-        assert_eq!(window.len(), 1000);
-        assert!(window.young.capacity() + window.old.capacity() <= 4 * 1000);
-        assert_eq!(size_of::<(u128, Seen)>(), 32);
+        assert!(window.len() >= 1000);
+        assert!(window.lines.len() * WAYS <= 4 * 1000 && window.times.is_empty());
+        assert!(window.spill_order.len() < 100, "{} spilled", window.spill_order.len());
+        assert_eq!(size_of::<Line>(), 64);
+    }
+
+    #[test]
+    fn a_large_window_is_exact_while_it_grows_and_turns_over() {
+        let now = some_instant();
+        for ttl in [None, Some(secs(60))] {
+            let mut window = Dedup::new(3000, ttl);
+            for id in 0..20_000 {
+                assert!(window.accept(spread(id), now), "{id}");
+                let oldest = id.saturating_sub(2999);
+                for known in [oldest, (oldest + id) / 2, id] {
+                    assert!(!window.accept(spread(known), now), "{known} of {id}");
+                }
+                if let Some(gone) = oldest.checked_sub(1) {
+                    assert_eq!(window.state(spread(gone), now), None, "{gone} of {id}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_may_wrap_around() {
+        let now = some_instant();
+        let mut window = Dedup::new(50, None);
+        window.accepted = (1 << 31) - 30;
+        for id in 0..200 {
+            assert!(window.accept(spread(id), now), "{id}");
+            assert!(!window.accept(spread(id.saturating_sub(48)), now), "{id}");
+        }
     }
 
     #[test]
@@ -330,15 +632,6 @@ mod tests {
         let mut least = Dedup::new(0, Some(Duration::MAX));
         let now = some_instant();
         assert!(least.accept(1, now) && !least.accept(1, now), "unchecked, still safe");
-    }
-
-    #[test]
-    fn ids_are_their_own_hash() {
-        let mut hasher = AsItIs::default();
-        hasher.write(&[1, 2]);
-        assert_eq!(hasher.finish(), 0, "too short for an id");
-        hasher.write(&(7u128 | 9 << 64).to_le_bytes());
-        assert_eq!(hasher.finish(), u64::from_ne_bytes(7u64.to_le_bytes()));
     }
 
     /// The same promises kept in the plainest way: the last `capacity`
@@ -413,7 +706,7 @@ mod tests {
                 for id in 0..24 {
                     prop_assert_eq!(window.state(id, now), model.state(id, now), "id {}", id);
                 }
-                prop_assert!(window.len() <= 2 * capacity);
+                prop_assert!(window.len() <= 2 * capacity + WAYS);
             }
         }
     }
@@ -423,13 +716,11 @@ mod tests {
     #[ignore = "a measurement, not a promise"]
     fn nanoseconds_for_each_acceptance() {
         const IDS: u128 = 5_000_000;
-        let ids: Vec<u128> = (1..=IDS)
-            .map(|n| n.wrapping_mul(0x9E37_79B9_7F4A_7C15_F39C_C060_5CED_C835) ^ (n << 77))
-            .collect();
-        let mut window = Dedup::new(100_000, Some(secs(600)));
+        let ids: Vec<u128> = (1..=IDS).map(spread).collect();
+        let mut window = Dedup::new(100_000, None);
         for round in 0..3 {
             let start = some_instant();
-            let fresh = ids.iter().filter(|id| window.accept(**id ^ round, start)).count();
+            let fresh = ids.iter().filter(|id| window.accept(**id ^ (round << 40), start)).count();
             let each = (some_instant() - start).as_nanos() / IDS;
             println!("{each} ns each, {fresh} fresh");
         }
