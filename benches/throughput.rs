@@ -10,7 +10,9 @@
 //!
 //! The firehose is a process of its own that writes prebuilt frames, a quarter
 //! of a megabyte at a time, no two messages alike. Each side gets a connection
-//! of its own, the two in turn; what counts is their ratio in one round.
+//! of its own, the two in turn; what counts is their ratio in one round. "By CPU"
+//! is the same from the processor time of the busiest thread alone: where other
+//! programs take cores away, it says more.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program that shows figures")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a bench that cannot run says so")]
@@ -19,6 +21,7 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::hint::black_box;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener};
@@ -230,7 +233,7 @@ impl Workload {
         Some(Self { kind, size, secure: false })
     }
 
-    /// The goal that issue this feed has for a side.
+    /// What a side has to show on this feed.
     fn goal(self, side: Side) -> Goal {
         if self.secure && self.size == Size::Fixed(64) && side == Side::BlocksDedup {
             return Goal::AtLeast(1.0);
@@ -314,6 +317,9 @@ impl Bench {
             row.bare = samples.iter().map(|(bare, _)| bare.rate).collect();
             row.here = here.iter().map(|here| here.rate).collect();
             row.note = cpu_note(&here);
+            if let Some(speed) = speed_by_cpu(samples) {
+                let _ = write!(row.note, "; {speed:.2} x by CPU");
+            }
             rows.push(row);
             let known = |(bare, here): &(Sample, Sample)| {
                 Some((*bare.cpu.get("bare")?, *here.cpu.get("reader")?))
@@ -465,6 +471,17 @@ fn cpu_note(samples: &[&Sample]) -> String {
         }
     }
     if notes.is_empty() { String::new() } else { notes.join(", ") + " ns" }
+}
+
+/// How many times as fast as the bare thread the busiest thread would be with a
+/// core of its own: what is left of a ratio on a machine that others use too.
+fn speed_by_cpu(samples: &[(Sample, Sample)]) -> Option<f64> {
+    let speed = |(bare, here): &(Sample, Sample)| {
+        let busiest = here.cpu.values().copied().max_by(f64::total_cmp)?;
+        Some(bare.cpu.get("bare")? / busiest)
+    };
+    let speeds: Option<Vec<f64>> = samples.iter().map(speed).collect();
+    speeds.map(|speeds| median(&speeds))
 }
 
 /// The least that a program does with a message.
