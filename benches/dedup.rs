@@ -26,7 +26,7 @@ mod error {
     pub(crate) struct Error;
 
     impl Error {
-        pub(crate) fn setting(_: &'static str, _: &str) -> Self {
+        pub(crate) fn setting(_: &'static str, _: impl std::fmt::Display) -> Self {
             Self
         }
     }

@@ -7,8 +7,6 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use foldhash::SharedSeed;
-
 #[cfg(not(feature = "tls"))]
 use crate::error::ErrorKind;
 use crate::error::{BoxError, Error, Recovery};
@@ -23,7 +21,7 @@ use crate::logic::backoff::Backoff;
 use crate::logic::connection::RetryPolicy;
 use crate::logic::dedup;
 use crate::logic::heartbeat::Heartbeat;
-use crate::logic::identity::Identity;
+use crate::logic::identity::{Identity, KEY};
 use crate::logic::overflow::Overflow;
 use crate::logic::pointer::Pointer;
 use crate::logic::restart::Intensity;
@@ -620,13 +618,15 @@ impl fmt::Debug for ClientBuilder {
     }
 }
 
-/// Identities under keys of this process: a peer that could craft two messages
+/// Identities under a key of this process: a peer that could craft two messages
 /// of one identity could make one of them vanish.
 fn identity() -> Identity {
-    static SHARED: OnceLock<SharedSeed> = OnceLock::new();
-    static KEYS: OnceLock<[u64; 2]> = OnceLock::new();
-    let shared = SHARED.get_or_init(|| SharedSeed::from_u64(rand::random()));
-    Identity::new(shared, *KEYS.get_or_init(rand::random))
+    static KEY_OF_PROCESS: OnceLock<[u8; KEY]> = OnceLock::new();
+    Identity::new(*KEY_OF_PROCESS.get_or_init(|| {
+        let mut key = [0; KEY];
+        rand::fill(&mut key);
+        key
+    }))
 }
 
 fn system_resolver(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
