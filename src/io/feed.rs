@@ -17,6 +17,9 @@ const SMALL: usize = 4 * 1024;
 /// The opcode of a close frame (RFC 6455, section 5.2).
 const CLOSE: u8 = 8;
 
+/// The first byte of a ping.
+const PING: u8 = 0x89;
+
 /// A stream with a read buffer, which shows tungstenite one frame at a time.
 #[derive(Debug)]
 pub(super) struct Feed<S> {
@@ -32,6 +35,8 @@ pub(super) struct Feed<S> {
     /// The bytes of a close frame, as far as they were passed.
     close: Vec<u8>,
     closes: bool,
+    /// Pings are shown to the caller, and not to tungstenite, which answers.
+    holds_pings: bool,
     /// A fragmented message is open: even a whole frame is a breach then.
     fragments: bool,
     /// A message that is larger than the buffer, being gathered.
@@ -56,6 +61,8 @@ pub(super) enum Next {
     Whole { text: bool, start: usize, len: usize },
     /// A whole message of its own.
     Large { text: bool, payload: Vec<u8> },
+    /// A ping that is held back: its payload is [`Feed::payload`] of this.
+    Ping { start: usize, len: usize },
     /// Bytes for tungstenite to read.
     Passed,
 }
@@ -75,6 +82,7 @@ impl<S: Read> Feed<S> {
             passed: 0,
             close: Vec::new(),
             closes: false,
+            holds_pings: false,
             fragments: false,
             large: None,
             written: 0,
@@ -110,6 +118,16 @@ impl<S: Read> Feed<S> {
                     self.make_room(header + len);
                 }
                 Head::Whole { header, payload, .. } => self.pass(header, payload, Some(false)),
+                // Neither too long nor masked, or it is for tungstenite to refuse.
+                Head::Other { header: 2, payload, .. } if self.is_held(payload) => {
+                    let len = payload as usize;
+                    if self.end - self.start >= 2 + len {
+                        let start = self.start + 2;
+                        self.start = start + len;
+                        return Ok(Next::Ping { start, len });
+                    }
+                    self.make_room(2 + len);
+                }
                 Head::Other { header, payload, open } => self.pass(header, payload, open),
                 Head::Short => {}
             }
@@ -120,7 +138,7 @@ impl<S: Read> Feed<S> {
         }
     }
 
-    /// The payload of a whole message that [`next`](Self::next) found last.
+    /// The payload of a whole message or ping that [`next`](Self::next) found last.
     pub(super) fn payload(&self, start: usize, len: usize) -> &[u8] {
         &self.buffer[start..start + len]
     }
@@ -142,6 +160,11 @@ impl<S: Read> Feed<S> {
     pub(super) fn pass_all(&mut self) {
         self.passed = u64::MAX;
         self.closes = false;
+    }
+
+    /// From here on, pings are shown to the caller, or to tungstenite again.
+    pub(super) fn hold_pings(&mut self, hold: bool) {
+        self.holds_pings = hold;
     }
 
     /// Lets go of a large buffer that nothing waits in.
@@ -167,6 +190,11 @@ impl<S: Read> Feed<S> {
     /// One over the limit is for tungstenite to refuse, by its head.
     fn fits(&self, payload: u64) -> bool {
         payload <= self.limit as u64
+    }
+
+    /// Whether the frame at the start is a ping to hold back.
+    fn is_held(&self, payload: u64) -> bool {
+        self.holds_pings && self.buffer[self.start] == PING && payload <= 125
     }
 
     fn pass(&mut self, header: usize, payload: u64, open: Option<bool>) {

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 
+use tungstenite::error::ProtocolError;
 use tungstenite::protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode};
 use tungstenite::{Bytes, Error as WsError, Message as WsMessage, Utf8Bytes};
 
@@ -19,6 +20,10 @@ const WRITE_BUFFER: usize = 64 * 1024;
 /// tungstenite reads control frames and fragments only, out of a larger buffer.
 const CONTROL_BUFFER: usize = 1024;
 
+/// Bytes of pongs that may wait for a server that does not read; of the pings
+/// behind them, the last one is answered (RFC 6455, section 5.5.3).
+const MAX_PONGS: u64 = 64 * 1024;
+
 /// Size limits of one WebSocket.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
@@ -34,6 +39,11 @@ pub(crate) struct Websocket<S = Stream> {
     /// Bytes of the frames queued here and of pongs; a close frame, which
     /// nothing follows, is not in it.
     produced: u64,
+    /// How many of the bytes that wait are pongs, at most.
+    pongs: u64,
+    /// The payload of the last ping that is not answered yet, because there are
+    /// too many pongs before it.
+    late: Option<Bytes>,
     /// Messages of the outbox that the kernel may not have whole, each with
     /// the value of `produced` at its end.
     unfinished: VecDeque<(u64, Outgoing)>,
@@ -75,7 +85,7 @@ impl<S: Read + Write> Websocket<S> {
             .max_frame_size(Some(limits.max_message));
         let feed = Feed::new(stream, rest, limits.read_buffer, limits.max_message);
         let ws = tungstenite::WebSocket::from_raw_socket(feed, Role::Client, Some(config));
-        Self { ws, produced: 0, unfinished: VecDeque::new(), dirty: false }
+        Self { ws, produced: 0, pongs: 0, late: None, unfinished: VecDeque::new(), dirty: false }
     }
 
     /// Reads one message, which is shown to `data`, or a control frame; `None`
@@ -103,6 +113,11 @@ impl<S: Read + Write> Websocket<S> {
                         Payload::OwnedBinary(payload)
                     });
                     return Ok(Some(Incoming::Data));
+                }
+                Ok(Next::Ping { start, len }) => {
+                    let payload = self.ws.get_ref().payload(start, len);
+                    self.late = Some(Bytes::copy_from_slice(payload));
+                    return Ok(Some(Incoming::Ping));
                 }
                 Ok(Next::Passed) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
@@ -169,7 +184,30 @@ impl<S: Read + Write> Websocket<S> {
     /// taken for written because the pong was.
     fn answer(&mut self, len: usize) -> Result<(), Error> {
         self.dirty = true;
+        self.pongs = self.pongs.min(self.waiting()) + frame_len(len);
         self.produced += frame_len(len);
+        self.flush()?;
+        if self.pongs.min(self.waiting()) >= MAX_PONGS {
+            self.ws.get_mut().hold_pings(true);
+        }
+        Ok(())
+    }
+
+    /// Answers the last ping that was held back, once there is room.
+    fn answer_late(&mut self) -> Result<(), Error> {
+        if !self.has_room() {
+            return Ok(());
+        }
+        self.ws.get_mut().hold_pings(false);
+        let Some(payload) = self.late.take() else { return Ok(()) };
+        let len = payload.len();
+        match self.ws.write(WsMessage::Pong(payload)) {
+            // Nothing follows a close frame.
+            Err(WsError::Protocol(ProtocolError::SendAfterClosing)) => return Ok(()),
+            Err(error) if !would_block(&error) => return Err(lost(error)),
+            _ => self.produced += frame_len(len),
+        }
+        self.dirty = true;
         self.flush().map(drop)
     }
 
@@ -202,6 +240,7 @@ impl<S: Read + Write> Websocket<S> {
 
     fn write(&mut self, frame: WsMessage, len: usize) -> Result<Sent, Error> {
         self.dirty = true;
+        self.pongs = self.pongs.min(self.waiting());
         match self.ws.write(frame) {
             Ok(()) => {}
             Err(WsError::WriteBufferFull(_)) => return Ok(Sent::Full),
@@ -223,10 +262,12 @@ impl<S: Read + Write> Websocket<S> {
                 self.dirty = false;
                 self.unfinished.clear();
                 self.produced = self.ws.get_ref().written();
-                Ok(true)
+                self.answer_late()?;
+                Ok(!self.dirty)
             }
             Err(error) if would_block(&error) => {
                 self.forget_finished();
+                self.answer_late()?;
                 Ok(false)
             }
             Err(error) => Err(lost(error)),
@@ -235,7 +276,12 @@ impl<S: Read + Write> Websocket<S> {
 
     /// Whether more may be queued: the buffer holds less than its usual size.
     pub(crate) fn has_room(&self) -> bool {
-        self.produced.saturating_sub(self.ws.get_ref().written()) < WRITE_BUFFER as u64
+        self.waiting() < WRITE_BUFFER as u64
+    }
+
+    /// Bytes that are queued and not written.
+    fn waiting(&self) -> u64 {
+        self.produced.saturating_sub(self.ws.get_ref().written())
     }
 
     /// The outbox's messages of which the kernel does not have every byte: the
@@ -302,7 +348,6 @@ fn would_block(error: &WsError) -> bool {
 
 /// tungstenite's errors in this crate's words.
 fn lost(error: WsError) -> Error {
-    use tungstenite::error::ProtocolError;
     match error {
         WsError::Io(io) => Error::caused(ErrorKind::Io(io.kind()), "connection lost", io),
         WsError::ConnectionClosed | WsError::AlreadyClosed => {
@@ -372,6 +417,64 @@ mod tests {
 
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
+        }
+    }
+
+    /// A server that pings for ever and takes `takes` bytes of every write.
+    struct Pinging {
+        takes: usize,
+    }
+
+    impl Read for Pinging {
+        fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+            let count = buf.len() / 2 * 2;
+            buf[..count].chunks_mut(2).for_each(|ping| ping.copy_from_slice(&[0x89, 0]));
+            Ok(count)
+        }
+    }
+
+    impl Write for Pinging {
+        fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+            match self.takes.min(buf.len()) {
+                0 => Err(io::ErrorKind::WouldBlock.into()),
+                count => Ok(count),
+            }
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn pongs_do_not_pile_up_for_a_server_that_pings_and_does_not_read() {
+        let limits = Limits { read_buffer: 1024, max_message: 64 << 20 };
+        let mut ws = Websocket::new(Pinging { takes: 0 }, Vec::new(), limits);
+        for _ in 0..MAX_PONGS {
+            assert!(matches!(ws.read(|_| {}), Ok(Some(Incoming::Ping))));
+            assert!(ws.waiting() < MAX_PONGS + 200);
+        }
+        assert_eq!(ws.late.as_deref(), Some(&b""[..]));
+        ws.ws.get_mut().stream_mut().takes = usize::MAX;
+        let written = ws.ws.get_ref().written();
+        assert!(ws.flush().unwrap() && ws.late.is_none());
+        let pongs = (ws.ws.get_ref().written() - written) / frame_len(0);
+        assert_eq!(pongs, MAX_PONGS.div_ceil(frame_len(0)) + 1, "and the last ping's");
+        assert!(matches!(ws.read(|_| {}), Ok(Some(Incoming::Ping))));
+        assert_eq!((ws.waiting(), ws.late.is_none()), (0, true), "answered at once again");
+    }
+
+    #[test]
+    fn a_server_that_pings_without_end_and_reads_is_answered_without_end() {
+        let limits = Limits { read_buffer: 1024, max_message: 64 << 20 };
+        let mut ws = Websocket::new(Pinging { takes: 7 }, Vec::new(), limits);
+        let message = Outgoing::from(vec![0; 1000]);
+        for turn in 0..2 * MAX_PONGS / frame_len(0) {
+            // There is always something left to write, as in a long upload.
+            if turn % 100 == 0 && ws.has_room() {
+                assert_eq!(ws.send(&message).unwrap(), Sent::Queued);
+            }
+            assert!(matches!(ws.read(|_| {}), Ok(Some(Incoming::Ping))));
         }
     }
 
