@@ -14,6 +14,10 @@ use super::frame::{Head, head};
 /// What an idle connection's buffer shrinks to.
 const SMALL: usize = 4 * 1024;
 
+/// Memory that a server's word for the length of a message is good for; what is
+/// larger grows with what arrives.
+const TRUSTED: usize = 64 << 20;
+
 /// The opcode of a close frame (RFC 6455, section 5.2).
 const CLOSE: u8 = 8;
 
@@ -51,8 +55,10 @@ pub(super) struct Feed<S> {
 #[derive(Debug)]
 struct Large {
     text: bool,
+    /// As much of it as there is memory for yet.
     payload: Vec<u8>,
     filled: usize,
+    len: usize,
 }
 
 /// What comes next in the stream.
@@ -235,18 +241,21 @@ impl<S: Read> Feed<S> {
 
     fn begin_large(&mut self, text: bool, header: usize, len: usize) {
         // Zeroed pages are taken from the system as they fill, not before.
-        let mut payload = vec![0; len];
+        let mut payload = vec![0; len.min(TRUSTED.max(self.largest))];
         let have = self.end - self.start - header;
         let from = self.start + header;
         payload[..have].copy_from_slice(&self.buffer[from..self.end]);
         (self.start, self.end) = (0, 0);
-        self.large = Some(Large { text, payload, filled: have });
+        self.large = Some(Large { text, payload, filled: have, len });
     }
 
     /// Reads into a large message; `None` when the stream ended in it.
     fn fill_large(&mut self) -> io::Result<Option<Next>> {
         let Some(large) = &mut self.large else { return Ok(None) };
-        while large.filled < large.payload.len() {
+        while large.filled < large.len {
+            if large.filled == large.payload.len() {
+                large.payload.resize(large.len.min(large.filled.saturating_mul(2)), 0);
+            }
             let count = self.stream.read(&mut large.payload[large.filled..])?;
             if count == 0 {
                 self.large = None;

@@ -478,6 +478,39 @@ mod tests {
         }
     }
 
+    /// A server's binary message of `len` bytes, as far as `sent`.
+    fn long(len: u64, sent: usize) -> Vec<u8> {
+        let mut bytes = vec![0x82, 127];
+        bytes.extend(len.to_be_bytes());
+        bytes.resize(bytes.len() + sent, 7);
+        bytes
+    }
+
+    #[test]
+    fn a_length_that_no_memory_is_large_enough_for_takes_none() {
+        let limits = Limits { read_buffer: 1024, max_message: usize::MAX };
+        let pieces = Pieces::new(&long(1 << 62, 5000), &[1000]);
+        let mut ws = Websocket::new(pieces, Vec::new(), limits);
+        let error = ws.read(|_| panic!("it is not complete")).unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::Io(io::ErrorKind::UnexpectedEof));
+    }
+
+    #[test]
+    fn a_message_above_what_is_taken_at_once_arrives_whole() {
+        let limits = Limits { read_buffer: 1024, max_message: usize::MAX };
+        let len = (64 << 20) + 100;
+        let pieces = Pieces::new(&long(len as u64, len), &[1 << 20]);
+        let mut ws = Websocket::new(pieces, Vec::new(), limits);
+        let mut got = 0;
+        let read = ws.read(|payload| {
+            let bytes = payload.data().as_bytes();
+            assert!(bytes.iter().all(|byte| *byte == 7));
+            got = bytes.len();
+        });
+        assert!(matches!(read, Ok(Some(Incoming::Data))));
+        assert_eq!(got, len);
+    }
+
     const LIMIT: usize = 3000;
 
     /// What tungstenite alone reads, up to its first error.
