@@ -82,7 +82,7 @@ impl Target {
             format!("ws://{rest}")
         } else if let Some(rest) = location.strip_prefix("https://") {
             format!("wss://{rest}")
-        } else if location.contains("://") {
+        } else if has_scheme(location) {
             location.to_owned()
         } else if let Some(rest) = location.strip_prefix("//") {
             format!("{scheme}://{rest}")
@@ -105,6 +105,13 @@ impl Target {
         let path = self.path.split('?').next().unwrap_or_default();
         path.rfind('/').map_or("/", |slash| &path[..=slash])
     }
+}
+
+/// Whether a reference is absolute (RFC 3986, section 3.1): `://` may as well
+/// stand in the query of a relative one.
+fn has_scheme(location: &str) -> bool {
+    let of_scheme = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.');
+    location.split_once("://").is_some_and(|(scheme, _)| scheme.chars().all(of_scheme))
 }
 
 impl fmt::Display for Target {
@@ -188,6 +195,8 @@ mod tests {
             ("/x", "wss://h:9/x"),
             ("x", "wss://h:9/a/x"),
             ("x#frag", "wss://h:9/a/x"),
+            ("/x?next=https://other/y", "wss://h:9/x"),
+            ("x?next=//other/y", "wss://h:9/a/x"),
         ] {
             assert_eq!(from.redirected(location).unwrap().to_string(), to, "{location}");
         }
