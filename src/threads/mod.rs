@@ -88,7 +88,14 @@ impl Drop for ExitGuard {
 
 /// Runs user code; a panic comes back as its message.
 pub(crate) fn contained<T>(run: impl FnOnce() -> T) -> Result<T, String> {
-    catch_unwind(AssertUnwindSafe(run)).map_err(|payload| panic_text(&*payload))
+    catch_unwind(AssertUnwindSafe(run)).map_err(|payload| {
+        let text = panic_text(&*payload);
+        // What was thrown is user code too, and may panic when it is dropped.
+        if let Err(another) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
+            std::mem::forget(another);
+        }
+        text
+    })
 }
 
 /// A panic that ends its thread instead of being contained: how tests kill a
@@ -114,5 +121,24 @@ pub(crate) fn panic_text(payload: &(dyn Any + Send)) -> String {
         text.clone()
     } else {
         "a panic without a message".to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Bomb;
+
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            std::panic::panic_any(Bomb);
+        }
+    }
+
+    #[test]
+    fn a_panic_whose_payload_panics_is_contained_too() {
+        let end = contained(|| std::panic::panic_any(Bomb));
+        assert_eq!(end, Err::<(), _>("a panic without a message".to_owned()));
     }
 }
