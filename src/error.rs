@@ -2,8 +2,9 @@
 //! that says who deals with it.
 
 use std::error::Error as StdError;
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,6 +23,9 @@ pub type BoxError = Box<dyn StdError + Send + Sync + 'static>;
 /// [`recovery`](Error::recovery) for what happens next.
 #[derive(Clone)]
 pub struct Error(Arc<Inner>);
+
+/// Causes that are told: a chain may be a circle.
+const MAX_CAUSES: usize = 16;
 
 struct Inner {
     kind: ErrorKind,
@@ -162,17 +166,36 @@ impl Error {
     }
 
     /// The phrase with every cause behind it, joined by `: `, for one log line.
+    /// A cause whose words are there already is left out.
     #[must_use]
     pub fn chain(&self) -> String {
         let mut text = self.to_string();
         let mut cause = StdError::source(self);
-        while let Some(error) = cause {
-            text.push_str(": ");
-            text.push_str(&error.to_string());
-            cause = error.source();
+        for _ in 0..MAX_CAUSES {
+            let Some(error) = cause else { break };
+            let (words, next) = read(error);
+            if !text.contains(&words) {
+                text.push_str(": ");
+                text.push_str(&words);
+            }
+            cause = next;
         }
         text
     }
+}
+
+type Cause<'a> = &'a (dyn StdError + 'static);
+
+/// A cause's words and what is behind it. Causes are user code: one that cannot
+/// be read must not take down the thread that tells of it.
+fn read(error: Cause<'_>) -> (String, Option<Cause<'_>>) {
+    let words = || {
+        let mut words = String::new();
+        let _ = write!(words, "{error}");
+        (words, error.source())
+    };
+    catch_unwind(AssertUnwindSafe(words))
+        .unwrap_or_else(|_| ("a cause whose Display panicked".to_owned(), None))
 }
 
 impl fmt::Display for Error {
@@ -222,5 +245,44 @@ mod tests {
         assert_eq!(error.to_string(), "connection lost");
         assert_eq!(error.source().map(ToString::to_string).as_deref(), Some("reset by peer"));
         assert_eq!(error.chain(), "connection lost: reset by peer");
+    }
+
+    /// A cause whose `Display` or `source` misbehaves.
+    #[derive(Debug, Clone, Copy)]
+    enum Rogue {
+        Panics,
+        Refuses,
+        Circles,
+    }
+
+    impl fmt::Display for Rogue {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            match self {
+                Rogue::Panics => panic!("in Display"),
+                Rogue::Refuses => Err(fmt::Error),
+                Rogue::Circles => f.write_str("round"),
+            }
+        }
+    }
+
+    impl StdError for Rogue {
+        fn source(&self) -> Option<&(dyn StdError + 'static)> {
+            Some(self)
+        }
+    }
+
+    #[test]
+    fn a_cause_that_cannot_be_read_does_no_harm() {
+        let chain = |cause| Error::caused(ErrorKind::Session, "on_open failed", cause).chain();
+        assert_eq!(chain(Rogue::Panics), "on_open failed: a cause whose Display panicked");
+        assert_eq!(chain(Rogue::Refuses), "on_open failed");
+        assert_eq!(chain(Rogue::Circles), "on_open failed: round");
+    }
+
+    #[test]
+    fn what_a_cause_repeats_is_told_once() {
+        let inner = Error::new(ErrorKind::Tls, "certificate verify failed");
+        let outer = Error::caused(ErrorKind::Tls, "certificate verify failed (self-signed)", inner);
+        assert_eq!(outer.chain(), "certificate verify failed (self-signed)");
     }
 }
