@@ -16,7 +16,7 @@ impl Error {
     }
 }
 
-/// The table of DESIGN section 4, "Error classes". Every kind is named, so
+/// The table of the manual's page `errors`. Every kind is named, so
 /// that a new one does not get a class by accident.
 pub(crate) fn classify(kind: &ErrorKind) -> Recovery {
     match kind {
