@@ -15,6 +15,7 @@ use crate::handler::Outgoing;
 /// At every instant `received = duplicates + skipped + dropped + accepted` and
 /// `accepted = delivered + in_flight`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Ledger {
     /// Data messages read; one that a session turns into several counts as so many.
     pub received: u64,
@@ -37,6 +38,7 @@ pub struct Ledger {
 ///
 /// At every instant `accepted = succeeded + failed + in_flight + returned`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct PipelineLedger {
     /// Taken from the sources.
     pub accepted: u64,
