@@ -360,8 +360,9 @@ fn lost(error: WsError) -> Error {
         WsError::Capacity(limit) => {
             Error::caused(ErrorKind::TooLarge, "a message is larger than max_message_size", limit)
         }
+        // Of a message in fragments, or of a close frame.
         WsError::Utf8(_) => {
-            Error::caused(ErrorKind::Protocol, "a text message is not UTF-8", error)
+            Error::caused(ErrorKind::Protocol, "a text or a close reason is not UTF-8", error)
         }
         other => {
             Error::caused(ErrorKind::Protocol, "the server broke the WebSocket protocol", other)
