@@ -240,8 +240,9 @@ impl ClientBuilder {
         self
     }
 
-    /// The longest wait that a server can ask for by `Retry-After`. Defaults
-    /// to 5 minutes.
+    /// The longest wait that a server can ask for by `Retry-After`; up to 10 %
+    /// are added to what it asks, so that its clients spread. Defaults to 5
+    /// minutes.
     pub fn retry_after_max(mut self, time: Duration) -> Self {
         self.retry.retry_after_max = time;
         self
