@@ -408,6 +408,11 @@ impl ClientBuilder {
     /// Checks every setting.
     pub(crate) fn parse(self) -> Result<Config, Error> {
         self.check_numbers()?;
+        #[cfg(feature = "tls")]
+        if !self.tls.roots.is_empty() {
+            // A hook or a redirect may lead to wss:// later.
+            self.check_tls()?;
+        }
         self.retry.backoff.check()?;
         self.heartbeat.check()?;
         let endpoints = self.parse_endpoints()?;

@@ -767,9 +767,16 @@ mod settings {
     #[cfg(feature = "tls")]
     #[test]
     fn a_root_that_is_no_certificate_fails_at_the_start() {
-        let builder = Client::builder("wss://127.0.0.1:9/").root_certificate("not a certificate");
-        let error = builder.start().unwrap_err();
-        assert_eq!(error.kind(), &ErrorKind::Setting("root_certificate"));
+        // A hook or a redirect may lead to TLS later.
+        let hook = |_: &broadsock::Attempt| Ok("wss://127.0.0.1:9/".into());
+        for builder in [
+            Client::builder("wss://127.0.0.1:9/"),
+            Client::builder("ws://127.0.0.1:9/"),
+            Client::unconnected().request_hook(hook),
+        ] {
+            let error = builder.root_certificate("not a certificate").start().unwrap_err();
+            assert_eq!(error.kind(), &ErrorKind::Setting("root_certificate"));
+        }
     }
 
     #[test]
