@@ -27,6 +27,7 @@ use crate::logic::pointer::Pointer;
 use crate::logic::restart::Intensity;
 use crate::threads::connection::{Classifier, ConnectionPolicy, IdSource, Ids, SessionFactory};
 use crate::threads::events::Observer;
+use crate::threads::inbox::OutboxLimits;
 use crate::threads::queue::QueuePolicy;
 use crate::threads::shared::{Endpoint, Resolver};
 
@@ -66,7 +67,7 @@ pub struct ClientBuilder {
     queue_bytes: usize,
     overflow: Overflow,
     dedup: Option<Dedup>,
-    outbox: usize,
+    outbox: OutboxLimits,
     while_down: WhileDown,
     session: Option<SessionFactory>,
     openings: Vec<Outgoing>,
@@ -120,7 +121,7 @@ pub(crate) struct Config {
     pub(crate) policy: ConnectionPolicy,
     pub(crate) queue: QueuePolicy,
     pub(crate) dedup: Option<dedup::Dedup>,
-    pub(crate) outbox: usize,
+    pub(crate) outbox: OutboxLimits,
     pub(crate) while_down: WhileDown,
     pub(crate) observer: Option<Observer<Event>>,
     pub(crate) intensity: Intensity,
@@ -149,7 +150,7 @@ impl ClientBuilder {
             queue_bytes: 64 << 20,
             overflow: Overflow::default(),
             dedup: None,
-            outbox: 1024,
+            outbox: OutboxLimits { messages: 1024, bytes: 64 << 20 },
             while_down: WhileDown::default(),
             session: None,
             openings: Vec::new(),
@@ -335,7 +336,14 @@ impl ClientBuilder {
     /// How many outgoing messages may wait in each connection's outbox.
     /// Defaults to 1,024.
     pub fn outbox(mut self, messages: usize) -> Self {
-        self.outbox = messages;
+        self.outbox.messages = messages;
+        self
+    }
+
+    /// How many payload bytes may wait in each connection's outbox; a message
+    /// alone may exceed it. Defaults to 64 MiB.
+    pub fn outbox_bytes(mut self, bytes: usize) -> Self {
+        self.outbox.bytes = bytes;
         self
     }
 
@@ -471,7 +479,8 @@ impl ClientBuilder {
             ("read_buffer_size", self.limits.read_buffer, 1024),
             ("queue", self.queue, 1),
             ("queue_bytes", self.queue_bytes, 1),
-            ("outbox", self.outbox, 1),
+            ("outbox", self.outbox.messages, 1),
+            ("outbox_bytes", self.outbox.bytes, 1),
         ] {
             if number < least {
                 return Err(Error::setting(name, format!("must be at least {least}")));

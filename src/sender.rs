@@ -149,7 +149,7 @@ impl Sender {
             match self.push(message) {
                 Err(error) if error.reason == SendErrorReason::Full => {
                     let clock = self.shared.clock;
-                    if !self.inbox().wait_room(|| clock.now(), until) {
+                    if !self.inbox().wait_room(error.message.len(), || clock.now(), until) {
                         return Err(SendError { reason: SendErrorReason::Timeout, ..error });
                     }
                     message = error.message;

@@ -506,3 +506,18 @@ mod ending {
         assert_eq!(unsent_event(&client), 1);
     }
 }
+
+#[test]
+fn the_outbox_is_bounded_in_bytes_too_and_one_message_alone_may_exceed_it() {
+    let client = Client::builder("ws://127.0.0.1:9/")
+        .resolver(|_, _| Ok(Vec::new()))
+        .outbox_bytes(100)
+        .start()
+        .unwrap();
+    let sender = client.sender();
+    sender.try_send("x".repeat(500)).unwrap();
+    let refused = sender.try_send("y").unwrap_err();
+    assert_eq!((refused.reason, refused.message.len()), (SendErrorReason::Full, 1));
+    let report = client.close(LONG);
+    assert_eq!(report.unsent.len(), 1);
+}

@@ -78,10 +78,13 @@ impl Target {
     pub(crate) fn redirected(&self, location: &str) -> Result<Self, Error> {
         let location = location.split('#').next().unwrap_or_default();
         let scheme = if self.secure { "wss" } else { "ws" };
-        let absolute = if let Some(rest) = location.strip_prefix("http://") {
+        let absolute = if let Some(rest) = without_scheme(location, "http://") {
             format!("ws://{rest}")
-        } else if let Some(rest) = location.strip_prefix("https://") {
+        } else if let Some(rest) = without_scheme(location, "https://") {
             format!("wss://{rest}")
+        } else if location.starts_with('?') {
+            let path = self.path.split('?').next().unwrap_or_default();
+            format!("{scheme}://{}{path}{location}", self.authority)
         } else if has_scheme(location) {
             location.to_owned()
         } else if let Some(rest) = location.strip_prefix("//") {
@@ -105,6 +108,12 @@ impl Target {
         let path = self.path.split('?').next().unwrap_or_default();
         path.rfind('/').map_or("/", |slash| &path[..=slash])
     }
+}
+
+/// What follows a scheme, which may be in any case.
+fn without_scheme<'l>(location: &'l str, scheme: &str) -> Option<&'l str> {
+    let (head, rest) = location.split_at_checked(scheme.len())?;
+    head.eq_ignore_ascii_case(scheme).then_some(rest)
 }
 
 /// Whether a reference is absolute (RFC 3986, section 3.1): `://` may as well
@@ -195,6 +204,8 @@ mod tests {
             ("/x", "wss://h:9/x"),
             ("x", "wss://h:9/a/x"),
             ("x#frag", "wss://h:9/a/x"),
+            ("?other", "wss://h:9/a/b"),
+            ("HTTPS://other/x", "wss://other/x"),
             ("/x?next=https://other/y", "wss://h:9/x"),
             ("x?next=//other/y", "wss://h:9/a/x"),
         ] {

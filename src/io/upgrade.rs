@@ -115,23 +115,32 @@ impl Upgrade {
         bytes: &[u8],
         wall: SystemTime,
     ) -> Result<Option<Answer>, Error> {
-        let searched = self.answer.len().saturating_sub(3);
+        let mut searched = self.answer.len().saturating_sub(3);
         self.answer.extend_from_slice(bytes);
-        let start = &self.answer[..self.answer.len().min(5)];
-        if !b"HTTP/".starts_with(start) {
-            return Err(refused("the server does not speak HTTP"));
-        }
-        let end = self.answer[searched..].windows(4).position(|four| four == b"\r\n\r\n");
-        match end {
-            Some(at) if searched + at + 4 <= MAX_HEAD => {
-                self.parse(searched + at + 4, wall).map(Some)
+        loop {
+            let start = &self.answer[..self.answer.len().min(5)];
+            if !b"HTTP/".starts_with(start) {
+                return Err(refused("the server does not speak HTTP"));
             }
-            None if self.answer.len() <= MAX_HEAD => Ok(None),
-            _ => Err(refused(&format!("the answer's head is larger than {MAX_HEAD} bytes"))),
+            let end = self.answer[searched..].windows(4).position(|four| four == b"\r\n\r\n");
+            let Some(end) = end.map(|at| searched + at + 4).filter(|end| *end <= MAX_HEAD) else {
+                break;
+            };
+            if let Some(answer) = self.parse(end, wall)? {
+                return Ok(Some(answer));
+            }
+            // An interim answer: the final one follows (RFC 9110, section 15.2).
+            self.answer.drain(..end);
+            searched = 0;
         }
+        if self.answer.len() <= MAX_HEAD {
+            return Ok(None);
+        }
+        Err(refused(&format!("the answer's head is larger than {MAX_HEAD} bytes")))
     }
 
-    fn parse(&mut self, end: usize, wall: SystemTime) -> Result<Answer, Error> {
+    /// Reads a head; `None` if it is that of an interim answer.
+    fn parse(&self, end: usize, wall: SystemTime) -> Result<Option<Answer>, Error> {
         let mut space = [httparse::EMPTY_HEADER; MAX_HEADERS];
         let mut response = httparse::Response::new(&mut space);
         match response.parse(&self.answer[..end]) {
@@ -146,9 +155,10 @@ impl Upgrade {
         }
         let headers = Headers(response.headers.iter().map(owned).collect());
         match response.code.unwrap_or_default() {
-            101 => self.accept(headers, end).map(Answer::Upgraded),
+            101 => self.accept(headers, end).map(|done| Some(Answer::Upgraded(done))),
+            100..=199 => Ok(None),
             status @ (301 | 302 | 303 | 307 | 308) => match headers.first("location") {
-                Some(location) => Ok(Answer::Redirect(location.to_owned())),
+                Some(location) => Ok(Some(Answer::Redirect(location.to_owned()))),
                 None => Err(http_error(status, &headers, wall)),
             },
             status => Err(http_error(status, &headers, wall)),
@@ -362,6 +372,15 @@ mod tests {
         ] {
             assert_eq!(retry_after(value, wall), seconds.map(Duration::from_secs), "{value}");
         }
+    }
+
+    #[test]
+    fn interim_answers_are_read_past() {
+        let mut upgrade = upgrade(&"ws://h/".into());
+        let head = format!("HTTP/1.1 103 Early\r\nLink: x\r\n\r\n{}", answer(&upgrade, ""));
+        let (first, rest) = head.as_bytes().split_at(50);
+        assert!(upgrade.on_read(first, SystemTime::UNIX_EPOCH).unwrap().is_none());
+        assert!(upgrade.on_read(rest, SystemTime::UNIX_EPOCH).unwrap().is_some());
     }
 
     #[test]

@@ -17,7 +17,7 @@ use super::stream::Presence;
 
 /// How long a new connection waits for the older ones to look whether their
 /// clients are still there. Only a closure of a script can use it up.
-const ROLL_CALL: Duration = Duration::from_secs(1);
+const ROLL_CALL: Duration = Duration::from_secs(10);
 
 pub(super) struct Shared {
     pub(super) ledger: Ledger,

@@ -18,15 +18,25 @@ pub(crate) struct Inbox {
     state: Mutex<State>,
     /// Told when the outbox has room, or when it closes.
     room: Condvar,
-    capacity: usize,
+    limits: OutboxLimits,
     /// Messages for one epoch that waited here when it ended.
     pub(crate) discarded: Counter,
+}
+
+/// How much may wait in an outbox.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct OutboxLimits {
+    pub(crate) messages: usize,
+    /// Payload bytes; a message alone may exceed it.
+    pub(crate) bytes: usize,
 }
 
 #[derive(Debug, Default)]
 struct State {
     signals: Signals,
     outbox: VecDeque<Outgoing>,
+    /// Payload bytes in the outbox.
+    bytes: usize,
     /// No message is taken any more.
     closed: bool,
     /// The epoch whose socket is open.
@@ -66,10 +76,17 @@ impl Signals {
     }
 }
 
+impl State {
+    fn takes(&self, limits: OutboxLimits, len: usize) -> bool {
+        let fits = self.outbox.is_empty() || self.bytes + len <= limits.bytes;
+        self.outbox.len() < limits.messages && fits
+    }
+}
+
 impl Inbox {
-    pub(crate) fn new(capacity: usize) -> Self {
+    pub(crate) fn new(limits: OutboxLimits) -> Self {
         let (state, room) = (Mutex::default(), Condvar::new());
-        Self { state, room, capacity, discarded: Counter::default() }
+        Self { state, room, limits, discarded: Counter::default() }
     }
 
     /// A thread begins to listen.
@@ -130,6 +147,7 @@ impl Inbox {
     fn discard(&self, state: &mut State) {
         let before = state.outbox.len();
         state.outbox.retain(|Outgoing(_, only_in)| only_in.is_none());
+        state.bytes = state.outbox.iter().map(Outgoing::len).sum();
         self.discarded.add((before - state.outbox.len()) as u64);
     }
 
@@ -142,18 +160,25 @@ impl Inbox {
         if message.1.is_some() && message.1 != state.epoch {
             return Err((Refused::EpochOver, message));
         }
-        if state.outbox.len() >= self.capacity {
+        if !state.takes(self.limits, message.len()) {
             return Err((Refused::Full, message));
         }
+        state.bytes += message.len();
         state.outbox.push_back(message);
         wake(state);
         Ok(())
     }
 
-    /// Waits until the outbox may have room or is closed; `false` at `until`.
-    pub(crate) fn wait_room(&self, now: impl Fn() -> Instant, until: Option<Instant>) -> bool {
+    /// Waits until the outbox may have room for `len` bytes or is closed;
+    /// `false` at `until`.
+    pub(crate) fn wait_room(
+        &self,
+        len: usize,
+        now: impl Fn() -> Instant,
+        until: Option<Instant>,
+    ) -> bool {
         let mut state = self.lock();
-        while !state.closed && state.outbox.len() >= self.capacity {
+        while !state.closed && !state.takes(self.limits, len) {
             state = match until {
                 None => self.room.wait(state).unwrap_or_else(PoisonError::into_inner),
                 Some(until) => {
@@ -172,18 +197,19 @@ impl Inbox {
     /// The oldest message of the outbox.
     pub(crate) fn pop(&self) -> Option<Outgoing> {
         let mut state = self.lock();
-        let message = state.outbox.pop_front();
-        if message.is_some() {
-            drop(state);
-            self.room.notify_one();
-        }
-        message
+        let message = state.outbox.pop_front()?;
+        state.bytes -= message.len();
+        drop(state);
+        // Not only one: who is woken may want more room than there is.
+        self.room.notify_all();
+        Some(message)
     }
 
     /// Puts messages back, before all others and in their order, room or not:
     /// they were in here before.
     pub(crate) fn put_back(&self, messages: Vec<Outgoing>) {
         let mut state = self.lock();
+        state.bytes += messages.iter().map(Outgoing::len).sum::<usize>();
         messages.into_iter().rev().for_each(|message| state.outbox.push_front(message));
     }
 
@@ -198,6 +224,7 @@ impl Inbox {
         let mut state = self.lock();
         state.closed = true;
         self.discard(&mut state);
+        state.bytes = 0;
         let left = state.outbox.drain(..).collect();
         drop(state);
         self.room.notify_all();

@@ -373,9 +373,10 @@ mod tests {
     use super::*;
     use crate::io::clock::Clock;
     use crate::message::Payload;
+    use crate::threads::inbox::OutboxLimits;
 
     fn queue(messages: usize, overflow: Overflow) -> Queue {
-        let inbox = Arc::new(Inbox::new(1));
+        let inbox = Arc::new(Inbox::new(OutboxLimits { messages: 1, bytes: 1 }));
         Queue::new(QueuePolicy { messages, bytes: 1 << 20, overflow }, None, vec![inbox])
     }
 
