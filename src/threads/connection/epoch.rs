@@ -1,24 +1,23 @@
 //! One socket's life: open, then turn by turn: hear, read, write, look at the
 //! time, wait.
 
+mod reading;
+mod writing;
+
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Connection;
 use super::guest::{Failure, Gather, Guest, Outcome};
 use crate::error::{Error, ErrorKind, Step};
-use crate::event::EventKind;
 use crate::handler::{Acts, MAX_SENDS, Origin, Outgoing, Resume};
 use crate::io::dial::{Dialed, timed_out};
 use crate::io::poll::Ready;
 use crate::io::upgrade::Upgraded;
-use crate::io::websocket::{Incoming, Sent, Websocket};
+use crate::io::websocket::Websocket;
 use crate::logic::connection::Input;
 use crate::logic::heartbeat::{Beat, Liveness};
-use crate::message::{Block, BlockBuilder};
-use crate::metrics::DropReason;
-use crate::threads::queue::{MAX_HELD, Offer};
+use crate::message::BlockBuilder;
 
 /// Messages written before the other concerns get a look.
 const BUDGET: usize = 256;
@@ -279,251 +278,6 @@ impl<'c> Epoch<'c> {
         }
     }
 
-    /// A session that opens is read for even if an earlier epoch left the queue
-    /// full: what it waits for may be next.
-    fn can_read(&self) -> bool {
-        let opens = self.opening.is_some() && self.connection.held.len() < MAX_HELD;
-        self.more && (!self.blocked || opens) && !self.is_quiet()
-    }
-
-    /// Whether nothing is read although there may be room: the client is about
-    /// to close, and is still sending answers.
-    fn is_quiet(&self) -> bool {
-        self.connection.quiet && self.opening.is_none() && self.leaving == Leaving::No
-    }
-
-    /// Reads up to a block. What was read before an error is handed over all
-    /// the same.
-    fn read(&mut self, guest: &mut Guest, now: Instant) -> Result<(), EpochEnd> {
-        let shared = Arc::clone(&self.connection.shared);
-        let policy = &shared.policy;
-        let mut gather =
-            gather(&policy.ids, self.connection.index, self.number, self.sequence, now);
-        let (mut skipped, mut messages, mut frames) = (0, 0, 0);
-        let mut end = Ok(());
-        // Control frames count too: a flood of them must end as well.
-        while end.is_ok() && frames < policy.block_messages {
-            if gather.block.bytes() >= BLOCK_BYTES || self.is_wanted(frames) {
-                break;
-            }
-            let (read, acts) = self.read_one(guest, &mut gather, &mut skipped);
-            frames += usize::from(matches!(read, Ok(Some(_))));
-            end = match read {
-                Ok(Some(Incoming::Data)) => {
-                    messages += 1;
-                    acts.map_or(Ok(()), |outcome| self.carry_out(outcome))
-                }
-                Ok(Some(control)) => self.control(control, now),
-                Ok(None) => {
-                    self.more = false;
-                    break;
-                }
-                Err(error) => Err(error.into()),
-            };
-        }
-        self.note_reading(messages, frames > 0, now);
-        self.hand_over(gather, skipped).and(end)
-    }
-
-    /// Whether others want a turn: a flooding peer must not starve them.
-    fn is_wanted(&self, frames: usize) -> bool {
-        frames % LOOK == LOOK - 1 && self.connection.peer().inbox.posted(self.may_send())
-    }
-
-    /// Reads one frame; a data message goes to the session, or straight on.
-    #[inline]
-    fn read_one(
-        &mut self,
-        guest: &mut Guest,
-        gather: &mut Gather<'_>,
-        skipped: &mut u64,
-    ) -> (Result<Option<Incoming>, Error>, Option<Outcome>) {
-        let mut outcome = None;
-        let Self { ws, upgraded, resume, connection, number, .. } = self;
-        let read = ws.read(|payload| {
-            if guest.passes_on() {
-                gather.take(payload);
-                return;
-            }
-            let before = gather.sequence;
-            let origin = origin(connection.index, *number, upgraded);
-            outcome = Some(guest.on_message(payload.data(), origin, resume.as_ref(), gather));
-            *skipped += u64::from(gather.sequence == before);
-        });
-        (read, outcome)
-    }
-
-    fn control(&mut self, incoming: Incoming, now: Instant) -> Result<(), EpochEnd> {
-        match incoming {
-            Incoming::Pong(payload) => {
-                if let Some((number, sent)) = self.ping
-                    && payload[..] == number.to_be_bytes()
-                {
-                    self.ping = None;
-                    let took = now.saturating_duration_since(sent);
-                    self.connection.peer().metrics.round_trip(took);
-                }
-                Ok(())
-            }
-            Incoming::Close { code, reason } => {
-                // Answers the close frame, as far as the socket takes it.
-                let _ = self.ws.flush();
-                if self.leaving != Leaving::No {
-                    return Err(EpochEnd::Closed);
-                }
-                let why = if reason.is_empty() { String::new() } else { format!(" ({reason:?})") };
-                let phrase = format!("the server closed the connection with code {code}{why}");
-                Err(Error::new(ErrorKind::Closed { code }, phrase).into())
-            }
-            Incoming::Ping | Incoming::Data => Ok(()),
-        }
-    }
-
-    /// What was read out of a buffer counts as bytes that arrive: a pong may
-    /// lie behind more of it than a slow session gets through in time.
-    fn note_reading(&mut self, messages: u64, alive: bool, now: Instant) {
-        let before = self.traffic.0;
-        self.count_traffic();
-        if alive || self.traffic.0 != before {
-            self.live.on_bytes(now);
-        }
-        if messages > 0 {
-            self.live.on_data(now);
-            self.connection.peer().metrics.messages.add(messages);
-        }
-    }
-
-    fn count_traffic(&mut self) {
-        let (received, sent) = self.ws.socket().traffic();
-        let metrics = &self.connection.peer().metrics;
-        metrics.bytes_received.add(received - self.traffic.0);
-        metrics.bytes_sent.add(sent - self.traffic.1);
-        self.traffic = (received, sent);
-    }
-
-    /// Hands what was read to the queue.
-    fn hand_over(&mut self, gather: Gather<'_>, skipped: u64) -> Result<(), EpochEnd> {
-        if let Some(panic) = gather.panic {
-            self.connection.report_panic("id function", &panic);
-        }
-        if gather.sequence != self.sequence {
-            self.sequence = gather.sequence;
-            let id = (!gather.raw_id.is_empty()).then_some(gather.raw_id);
-            self.connection.resume =
-                Some(Resume { epoch: self.number, sequence: self.sequence, id });
-        } else if skipped == 0 {
-            return Ok(());
-        }
-        let now = self.now();
-        let behind = !self.connection.held.is_empty();
-        match self.connection.shared.queue.offer(gather.block, skipped, behind, now) {
-            Offer::Done { shed, reason } => self.connection.tell_shed(shed, reason),
-            Offer::Held(block) => self.hold(block, now),
-            Offer::Disconnect { shed } => {
-                self.connection.tell_shed(shed, DropReason::Disconnect);
-                let phrase = "the consumers are too slow: queue full, overflow policy `disconnect`";
-                return Err(Error::new(ErrorKind::Overflow, phrase).into());
-            }
-        }
-        Ok(())
-    }
-
-    /// The queue is full: stop reading. What comes behind the close frame, and
-    /// what a session emits without end while it is not read for, is shed.
-    fn hold(&mut self, block: Block, now: Instant) {
-        let leaves = matches!(self.leaving, Leaving::Sent { .. });
-        if leaves || self.connection.held.len() >= MAX_HELD {
-            let reason = if leaves { DropReason::Closed } else { DropReason::Newest };
-            let shed = self.connection.shared.queue.turn_away(block, reason);
-            self.connection.tell_shed(shed, reason);
-            return;
-        }
-        self.connection.held.push_back(block);
-        if !self.blocked {
-            self.blocked = true;
-            self.live.pause(now);
-            self.connection.emit(EventKind::Blocked(true));
-        }
-    }
-
-    fn write(&mut self, now: Instant) -> Result<(), EpochEnd> {
-        self.write_backlog()?;
-        if self.may_send() {
-            self.write_outbox()?;
-        }
-        let clear = self.ws.flush()?;
-        self.count_traffic();
-        // Reading writes too, where pongs wait: so this is since the last turn.
-        let progress = std::mem::replace(&mut self.written, self.traffic.1) != self.traffic.1;
-        if clear {
-            self.live.on_write_clear();
-        } else {
-            self.live.on_write_blocked(now);
-            if progress {
-                self.live.on_write_progress(now);
-            }
-        }
-        self.say_goodbye(now)
-    }
-
-    fn write_backlog(&mut self) -> Result<(), EpochEnd> {
-        if matches!(self.leaving, Leaving::Sent { .. }) {
-            return Ok(());
-        }
-        while let Some(message) = self.backlog.front() {
-            if !self.ws.has_room() || self.ws.send_once(message)? == Sent::Full {
-                break;
-            }
-            self.backlog.pop_front();
-            self.connection.peer().metrics.messages_sent.add(1);
-        }
-        Ok(())
-    }
-
-    fn write_outbox(&mut self) -> Result<(), EpochEnd> {
-        for _ in 0..BUDGET {
-            if !self.ws.has_room() {
-                break;
-            }
-            let Some(message) = self.connection.peer().inbox.pop() else { break };
-            match self.ws.send(&message) {
-                Ok(Sent::Queued) => self.connection.peer().metrics.messages_sent.add(1),
-                Ok(Sent::Full) => {
-                    self.connection.peer().inbox.put_back(vec![message]);
-                    break;
-                }
-                Err(error) => {
-                    // It may be half written, so the server cannot have seen it.
-                    self.connection.peer().inbox.put_back(vec![message]);
-                    return Err(error.into());
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether messages of the outbox may leave now.
-    fn may_send(&self) -> bool {
-        self.opening.is_none()
-            && self.backlog.is_empty()
-            && self.ws.has_room()
-            && !matches!(self.leaving, Leaving::Sent { .. })
-    }
-
-    /// Sends the close frame once what was queued before it is out.
-    fn say_goodbye(&mut self, now: Instant) -> Result<(), EpochEnd> {
-        let Leaving::Draining { until, end } = self.leaving else { return Ok(()) };
-        let inbox = &self.connection.peer().inbox;
-        let empty = self.backlog.is_empty() && !inbox.posted_message();
-        if empty || now >= until {
-            self.leaving = Leaving::Sent { end };
-            self.connection.release_held();
-            self.blocked = false;
-            self.ws.close(1000, "")?;
-        }
-        Ok(())
-    }
-
     fn look_at_the_time(&mut self, guest: &mut Guest, now: Instant) -> Result<(), EpochEnd> {
         match self.leaving {
             Leaving::Draining { end, .. } | Leaving::Sent { end } if now >= end => {
@@ -624,22 +378,6 @@ impl<'c> Epoch<'c> {
             self.ready();
         }
         Ok(())
-    }
-
-    /// Takes what a session sends; nothing follows a close frame.
-    fn queue_sends(&mut self, sends: Vec<Outgoing>) -> Result<(), EpochEnd> {
-        let limit = self.connection.shared.policy.limits.max_message;
-        let phrase = if sends.iter().any(|message| message.len() > limit) {
-            "the session sends a message larger than max_message_size".to_owned()
-        } else if self.backlog.len() + sends.len() > MAX_BACKLOG {
-            format!("more than {MAX_BACKLOG} messages of the session wait for the server to read")
-        } else {
-            if !matches!(self.leaving, Leaving::Sent { .. }) {
-                self.backlog.extend(sends);
-            }
-            return Ok(());
-        };
-        Err(Error::new(ErrorKind::Session, phrase).into())
     }
 
     fn fail(&mut self, failure: Failure) -> EpochEnd {
