@@ -42,7 +42,7 @@ pub(crate) enum Ev {
     Consume,
     Push(usize),
     Flood(usize, u32),
-    PipelineTick,
+    PipelineTick(u64),
     Heal,
     Quiet,
     Close,
@@ -64,6 +64,8 @@ pub(crate) struct Kernel {
     order: u64,
     waits: Vec<Option<Wait>>,
     new: Vec<Task>,
+    alive: Vec<usize>,
+    known: usize,
     current: usize,
     pub(crate) net: Net,
     pub(crate) sv: crate::server::Servers,
@@ -103,6 +105,8 @@ impl Kernel {
             order: 0,
             waits: Vec::new(),
             new: Vec::new(),
+            alive: Vec::new(),
+            known: 0,
             current: usize::MAX,
             net: Net::default(),
             sv: crate::server::Servers::default(),
@@ -161,7 +165,7 @@ impl Kernel {
         if self.trace {
             let at = self.now as f64 / 1e9;
             let line = format!("{at:12.6} {}", text());
-            if self.log.len() == 4096 {
+            if self.log.len() == 1_000_000 {
                 self.log.pop_front();
             }
             self.log.push_back(line);
@@ -289,10 +293,13 @@ pub(crate) fn run_one() -> bool {
         tasks.extend(new.into_iter().map(Some));
         tasks.len()
     });
+    with(|k| k.alive.extend(k.known..count));
+    with(|k| k.known = count);
     let mut runnable = [0; 32];
     let mut found = 0;
-    for task in 0..count {
-        if found < runnable.len() && TASKS.with(|t| t.borrow()[task].is_some()) && can_run(task) {
+    for at in 0..with(|k| k.alive.len()) {
+        let task = with(|k| k.alive[at]);
+        if found < runnable.len() && can_run(task) {
             runnable[found] = task;
             found += 1;
         }
@@ -314,6 +321,7 @@ pub(crate) fn run_one() -> bool {
     if task.body.is_done() {
         with(|k| {
             k.waits[id] = None;
+            k.alive.retain(|alive| *alive != id);
             k.note(|| format!("task {id} {} ended", task.name));
         });
     } else {
@@ -331,12 +339,21 @@ pub(crate) fn due() -> Option<Ev> {
     })
 }
 
+/// The next event, whatever the coroutines wait for.
+pub(crate) fn next_event() -> Option<Ev> {
+    with(|k| {
+        let ((at, _), ev) = k.agenda.pop_first()?;
+        k.now = k.now.max(at);
+        Some(ev)
+    })
+}
+
 /// Moves the time on to the next event or deadline; `false` when there is none.
 pub(crate) fn advance() -> bool {
     with(|k| {
         let event = k.agenda.first_key_value().map(|((at, _), _)| *at);
-        let deadline = k.waits.iter().flatten().filter_map(|wait| match wait {
-            Wait::Deadline(at, _) => at.map(|at| k.nanos(at)),
+        let deadline = k.alive.iter().filter_map(|task| match &k.waits[*task] {
+            Some(Wait::Deadline(at, _)) => at.map(|at| k.nanos(at)),
             _ => None,
         });
         let Some(next) = deadline.chain(event).min() else { return false };

@@ -142,6 +142,10 @@ impl Pipeline {
         self.waiting.push_back(item);
     }
 
+    pub(crate) fn expects(&self, tick: u64) -> bool {
+        self.tick == Some(tick)
+    }
+
     /// Does what is due; returns what was settled.
     pub(crate) fn turn(&mut self, ended: bool) -> Vec<Settled> {
         let now = with(|k| k.now);
@@ -353,7 +357,7 @@ impl Pipeline {
         let next = next.max(now + 1000);
         if self.tick.is_none_or(|tick| tick <= now || next < tick) {
             self.tick = Some(next);
-            with(|k| k.at(next, Ev::PipelineTick));
+            with(|k| k.at(next, Ev::PipelineTick(next)));
         }
     }
 }
