@@ -124,9 +124,9 @@ pub(crate) fn connect(addr: SocketAddr) -> usize {
         let plan = plan(k, secure);
         let rates = &k.sv.rates;
         let (dribble, slow) = (rates.dribble, rates.slow);
-        if dribble && k.chance(0.5) {
-            k.net.socks[sock].read_most = k.pick(&[1, 2, 7, 100, 1460]);
-            k.net.socks[sock].write_most = k.pick(&[1, 3, 11, 200, 1460]);
+        if dribble && k.chance(0.3) {
+            k.net.socks[sock].read_most = k.pick(&[1, 7, 40, 100, 1460, 1460]);
+            k.net.socks[sock].write_most = k.pick(&[1, 3, 11, 200, 1460, 1460]);
         }
         if k.chance(0.3) {
             k.net.socks[sock].tx_space = k.pick(&[300, 1000, 5000]);
