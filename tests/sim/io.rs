@@ -31,6 +31,8 @@ pub(crate) mod clock {
         }
 
         pub(crate) fn after(self, wait: Duration) -> Instant {
+            use crate::planted::{Bug, planted};
+            let wait = if planted(Bug::LateClock) { wait * 3 } else { wait };
             self.now() + wait.min(Duration::from_secs(10 * 365 * 24 * 60 * 60))
         }
 

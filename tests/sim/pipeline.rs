@@ -166,6 +166,9 @@ impl Pipeline {
             let rest =
                 if planted(Bug::MissedFlushOnStop) { Vec::new() } else { self.batches.drain() };
             self.dispatch(rest, now);
+            if self.batches.len() > 0 {
+                with(|k| k.broken("flushed-on-stop", || "a partial batch stays".to_owned()));
+            }
         }
         self.look(now);
         settled

@@ -21,6 +21,7 @@ use crossbeam_channel::{Receiver, RecvError, Sender, TryRecvError};
 
 use crate::error::{Error, ErrorKind};
 use crate::kernel::{self, Wait};
+use crate::planted::{Bug, planted};
 use monitor::Notice;
 
 /// The handle of a coroutine that plays a thread.
@@ -76,6 +77,7 @@ impl Spawner {
 pub(crate) fn receive<T: Send + 'static>(channel: &Receiver<T>) -> Result<T, RecvError> {
     loop {
         match channel.try_recv() {
+            Ok(_) if planted(Bug::LostNotice) && kernel::chance(0.2) => {}
             Ok(value) => return Ok(value),
             Err(TryRecvError::Disconnected) => return Err(RecvError),
             Err(TryRecvError::Empty) => {
