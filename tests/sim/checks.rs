@@ -149,7 +149,9 @@ fn legal(from: State, to: State, ending: bool) -> bool {
 }
 
 fn transition(k: &mut Kernel, at: u64, index: usize, from: State, to: State) {
-    let ending = k.ck.closing.is_some() || k.ck.failed.is_some();
+    // A client that cannot start all its threads ends before it has begun.
+    let unstarted = k.failing > 0.0 && k.now < 1_000_000;
+    let ending = k.ck.closing.is_some() || k.ck.failed.is_some() || unstarted;
     let setup = k.ck.setup.clone();
     k.ck.transitions += 1;
     let conn = &mut k.ck.conns[index];

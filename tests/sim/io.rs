@@ -2,6 +2,10 @@
 
 #[path = "../../src/io/dial.rs"]
 pub(crate) mod dial;
+#[path = "../../src/io/feed.rs"]
+pub(crate) mod feed;
+#[path = "../../src/io/frame.rs"]
+pub(crate) mod frame;
 #[path = "../../src/io/poll.rs"]
 pub(crate) mod poll;
 #[path = "../../src/io/socket.rs"]

@@ -4,8 +4,6 @@ pub(crate) mod backoff;
 pub(crate) mod batch;
 pub(crate) mod connection;
 pub(crate) mod dedup;
-#[path = "../../src/logic/frame.rs"]
-pub(crate) mod frame;
 pub(crate) mod heartbeat;
 #[path = "../../src/logic/identity.rs"]
 pub(crate) mod identity;

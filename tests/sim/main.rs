@@ -19,6 +19,7 @@
 
 extern crate self as mio;
 extern crate self as rand;
+extern crate self as socket2;
 
 #[path = "../../src/error.rs"]
 mod error;
@@ -43,7 +44,7 @@ mod simnet;
 mod world;
 
 pub(crate) use kernel::random;
-pub(crate) use simnet::{Events, Interest, Poll, Token, Waker, net};
+pub(crate) use simnet::{Events, Interest, Poll, SockRef, Token, Waker, net};
 
 fn main() {
     std::process::exit(world::main());

@@ -24,7 +24,7 @@ impl BlockBuilder {
 
     pub(crate) fn push(&mut self, payload: Payload<'_>, sequence: u64, id: Option<MessageId>) {
         let wrong = planted(Bug::WrongOrder) && sequence % 50 == 0;
-        self.0.push(payload, if wrong { sequence - 2 } else { sequence }, id);
+        self.0.push(payload, if wrong { sequence + 5 } else { sequence }, id);
     }
 
     pub(crate) fn retain(&mut self, fresh: impl FnMut(Option<MessageId>) -> bool) {

@@ -2,6 +2,8 @@
 
 #[path = "../../src/threads/connection/mod.rs"]
 pub(crate) mod connection;
+#[path = "../../src/threads/consume.rs"]
+pub(crate) mod consume;
 #[path = "../../src/threads/events.rs"]
 pub(crate) mod events;
 #[path = "../../src/threads/inbox.rs"]

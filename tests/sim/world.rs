@@ -8,7 +8,6 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
-use foldhash::SharedSeed;
 
 use crate::checks::{self, Checks, Conn, SLACK, Setup};
 use crate::error::{BoxError, ErrorKind};
@@ -380,8 +379,7 @@ fn draw_setup(k: &mut Kernel) -> Setup {
 }
 
 fn identity() -> Identity {
-    static SEED: OnceLock<SharedSeed> = OnceLock::new();
-    Identity::new(SEED.get_or_init(|| SharedSeed::from_u64(1)), [2, 3])
+    Identity::new([7; crate::logic::identity::KEY])
 }
 
 fn tls() -> TlsSource {
@@ -757,7 +755,8 @@ impl World {
                 for index in 0..k.ck.conns.len() {
                     let state = k.ck.conns[index].state();
                     let ping = k.ck.setup.ping;
-                    let cut = k.ck.setup.overflow == Overflow::Disconnect;
+                    let cut =
+                        k.ck.setup.overflow == Overflow::Disconnect || k.ck.setup.idle.is_some();
                     if state != State::Connected && ping.is_some() && !cut {
                         k.broken("connected-again", || format!("conn {index} is {state}"));
                     }

@@ -1,25 +1,37 @@
 //! The crate's `io/websocket.rs`, in a shell that can carry a planted bug.
 
-use super::{poll, socket};
+use super::{feed, poll, socket};
 use crate::planted::{Bug, planted};
 #[path = "../../../src/io/websocket.rs"]
 mod real;
 use crate::error::Error;
 use crate::handler::Outgoing;
+use crate::message::Payload;
 use poll::{Poller, Ready};
 pub(crate) use real::{Incoming, Limits, Sent};
 use socket::{Socket, Stream};
 
 #[derive(Debug)]
-pub(crate) struct Websocket(real::Websocket, Vec<Outgoing>);
+pub(crate) struct Websocket(real::Websocket<Stream>, Vec<Outgoing>);
 
 impl Websocket {
     pub(crate) fn new(stream: Stream, rest: Vec<u8>, limits: Limits) -> Self {
         Self(real::Websocket::new(stream, rest, limits), Vec::new())
     }
 
-    pub(crate) fn read(&mut self) -> Result<Option<Incoming>, Error> {
-        self.0.read()
+    pub(crate) fn read(
+        &mut self,
+        data: impl FnOnce(Payload<'_>),
+    ) -> Result<Option<Incoming>, Error> {
+        self.0.read(data)
+    }
+
+    pub(crate) fn shrink(&mut self) {
+        self.0.shrink();
+    }
+
+    pub(crate) fn abandon(&mut self) {
+        self.0.abandon();
     }
 
     pub(crate) fn send(&mut self, message: &Outgoing) -> Result<Sent, Error> {
