@@ -13,9 +13,10 @@ pub(crate) mod timer;
 use std::any::Any;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::thread::{Builder, JoinHandle};
+use std::thread::Builder;
+pub(crate) use std::thread::JoinHandle;
 
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Receiver, RecvError, Sender};
 
 use crate::error::{Error, ErrorKind};
 use crate::metrics::Counter;
@@ -71,6 +72,12 @@ impl Spawner {
     pub(crate) fn is_own_thread(&self) -> bool {
         OWNER.get() == self.owner
     }
+}
+
+/// Waits for what is posted. Where a thread that watches nothing else waits, so
+/// that the tests' world can stand in for it.
+pub(crate) fn receive<T>(channel: &Receiver<T>) -> Result<T, RecvError> {
+    channel.recv()
 }
 
 /// Tells the monitor that its thread is about to end, also by a panic.

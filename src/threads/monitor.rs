@@ -2,15 +2,14 @@
 //! connections one for one, and ends the client in order.
 
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
 
 use super::connection::{Connection, ThreadEnd};
-use super::panic_text;
 use super::shared::Shared;
 use super::timer::Alarm;
+use super::{JoinHandle, panic_text, receive};
 use crate::error::{Error, ErrorKind};
 use crate::event::{EventKind, State};
 use crate::handler::Outgoing;
@@ -118,7 +117,7 @@ impl Monitor {
     pub(crate) fn run(mut self) {
         while !self.is_done() {
             self.arm();
-            let Ok(notice) = self.notices.recv() else { break };
+            let Ok(notice) = receive(&self.notices) else { break };
             match notice {
                 Notice::Ended(child) if child < self.children.len() => self.ended(child),
                 Notice::Ended(child) => self.other_ended(child),
@@ -339,7 +338,7 @@ impl Monitor {
         let give_up = self.closing.map_or(give_up, |deadline| deadline.min(give_up));
         while !self.lookups.is_empty() && self.shared.clock.now() < give_up {
             self.shared.timer.arm(self.children.len(), give_up);
-            match self.notices.recv() {
+            match receive(&self.notices) {
                 Ok(Notice::Adopt { name, handle }) => self.lookups.push((name, handle)),
                 Ok(Notice::Ended(child)) if child < self.children.len() => self.ended(child),
                 Ok(Notice::Ended(child)) => self.other_ended(child),

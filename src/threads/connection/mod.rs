@@ -14,13 +14,12 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::contained;
 use super::monitor::Notice;
 use super::queue::Offer;
 use super::shared::{Endpoint, Peer, Resolver, Shared};
+use super::{JoinHandle, contained};
 use crate::error::{Error, ErrorKind, Recovery};
 use crate::event::{EventKind, State};
 use crate::handler::{Attempt, Outgoing, Request, Resume, Session};

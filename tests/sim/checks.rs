@@ -1,0 +1,485 @@
+//! The promises, as checks. They reckon for themselves what has to be, and
+//! share no code with what they check.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::time::Duration;
+
+use crate::error::{Error, ErrorKind};
+use crate::event::{Event, EventKind, State};
+use crate::kernel::Kernel;
+use crate::logic::overflow::Overflow;
+use crate::simnet::Life;
+
+/// What turns, hooks and the order of coroutines may add to any deadline.
+pub(crate) const SLACK: u64 = 1_500_000_000;
+
+/// What a world was set up with, as far as checks need it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Setup {
+    pub(crate) connections: usize,
+    pub(crate) connect: Duration,
+    pub(crate) ping: Option<Duration>,
+    pub(crate) pong: Duration,
+    pub(crate) idle: Option<Duration>,
+    pub(crate) write: Duration,
+    pub(crate) close: Duration,
+    pub(crate) base: Duration,
+    pub(crate) max: Duration,
+    /// 0: none, 1: equal, 2: full.
+    pub(crate) jitter: u8,
+    pub(crate) stable: Duration,
+    pub(crate) retry_after_max: Duration,
+    pub(crate) attempts: Option<u32>,
+    pub(crate) reconnects: Option<u32>,
+    pub(crate) restarts: u32,
+    pub(crate) within: Duration,
+    pub(crate) queue: usize,
+    pub(crate) block: usize,
+    pub(crate) overflow: Overflow,
+    /// Capacity of the window.
+    pub(crate) dedup: Option<u64>,
+    pub(crate) lossless: bool,
+    pub(crate) sessions: bool,
+}
+
+#[derive(Default)]
+pub(crate) struct Checks {
+    pub(crate) setup: Setup,
+    pub(crate) conns: Vec<Conn>,
+    pub(crate) taken: u64,
+    /// What was delivered: how many were accepted before it at least, and whether
+    /// it failed since.
+    pub(crate) delivered: HashMap<u64, (u64, bool)>,
+    pub(crate) closing: Option<u64>,
+    pub(crate) failed: Option<(u64, Error)>,
+    pub(crate) ended: bool,
+    pub(crate) swept: u64,
+    pub(crate) transitions: u64,
+    pub(crate) reconnects: u64,
+    pub(crate) outs: u64,
+}
+
+#[derive(Default)]
+pub(crate) struct Conn {
+    state: Option<State>,
+    retries: u32,
+    failures: u32,
+    ever: bool,
+    /// When the next attempt has to start.
+    due: Option<(u64, u64)>,
+    attempt: u64,
+    blocked: bool,
+    unblocked: u64,
+    last_block: u64,
+    last_seq: (u64, u64),
+    pub(crate) last_out: u64,
+    pub(crate) outs: BTreeSet<u64>,
+    restarts: VecDeque<u64>,
+    ends: VecDeque<u64>,
+    pub(crate) connected_at: Option<u64>,
+}
+
+fn nanos(time: Duration) -> u64 {
+    time.as_nanos() as u64
+}
+
+impl Conn {
+    pub(crate) fn state(&self) -> State {
+        self.state.unwrap_or(State::Disconnected)
+    }
+
+    pub(crate) fn is_blocked(&self) -> bool {
+        self.blocked
+    }
+}
+
+/// An event that the observer was told.
+pub(crate) fn on_event(k: &mut Kernel, at: u64, event: &Event) {
+    let index = event.connection;
+    k.note(|| format!("{event}"));
+    match &event.kind {
+        EventKind::State { from, to, .. } => transition(k, at, index, *from, *to),
+        EventKind::AttemptFailed { retry_in, error, attempt } => {
+            loss(k, at, index, None, *retry_in, error);
+            let failures = k.ck.conns[index].failures;
+            if *attempt != failures {
+                k.broken("attempts-counted", || format!("{attempt} told, {failures} happened"));
+            }
+        }
+        EventKind::Lost { uptime, retry_in, error } => {
+            loss(k, at, index, Some(*uptime), *retry_in, error);
+        }
+        EventKind::Blocked(blocked) => {
+            let conn = &mut k.ck.conns[index];
+            conn.blocked = *blocked;
+            if *blocked {
+                conn.last_block = at;
+            } else {
+                conn.unblocked = at;
+            }
+        }
+        EventKind::Restarting { delay, .. } => restarting(k, at, index, *delay),
+        EventKind::Failed { error, .. } => failed(k, at, index, error),
+        EventKind::Stuck { threads } => {
+            let threads = threads.iter().filter(|name| !name.contains("dns")).count();
+            // A hook that sleeps can hold its thread past a short deadline.
+            let hooks = k.sv.sessions && k.sv.rates.session > 0.0;
+            if threads > 0 && !hooks {
+                k.broken("close-in-time", || format!("{event}"));
+            }
+        }
+        _ => {}
+    }
+}
+
+fn legal(from: State, to: State, ending: bool) -> bool {
+    use State::*;
+    match (from, to) {
+        (Disconnected | Reconnecting, Connecting) => true,
+        (Connecting, Opening) | (Opening, Connected) => true,
+        (Connecting | Opening | Connected, Reconnecting | Failed) => true,
+        (Failed, Disconnected) => true,
+        (Closing, Closed) => true,
+        (Closed, _) | (Closing, _) => ending && matches!(to, Failed),
+        (_, Closing) => true,
+        (Disconnected | Reconnecting, Failed) => true,
+        (_, Closed) => ending,
+        _ => false,
+    }
+}
+
+fn transition(k: &mut Kernel, at: u64, index: usize, from: State, to: State) {
+    // A client that cannot start all its threads ends before it has begun.
+    let unstarted = k.failing > 0.0 && k.now < 1_000_000;
+    let ending = k.ck.closing.is_some() || k.ck.failed.is_some() || unstarted;
+    let setup = k.ck.setup.clone();
+    k.ck.transitions += 1;
+    let conn = &mut k.ck.conns[index];
+    let (known, attempt, due) = (conn.state(), conn.attempt, conn.due);
+    conn.state = Some(to);
+    if from != known || !legal(from, to, ending) {
+        k.broken("legal-transitions", || format!("conn {index}: {from} -> {to}, was {known}"));
+    }
+    let limit = nanos(setup.connect) + SLACK;
+    if matches!(from, State::Connecting | State::Opening) && at > attempt + limit {
+        k.broken("connect-deadline", || {
+            format!(
+                "conn {index}: {from} -> {to} {} ms after the attempt",
+                (at - attempt) / 1_000_000
+            )
+        });
+    }
+    match to {
+        State::Connecting => {
+            if let Some((low, high)) = due
+                && (at + 1000 < low || at > high + SLACK)
+            {
+                let (at, low, high) = (at / 1_000_000, low / 1_000_000, high / 1_000_000);
+                k.broken("back-off-kept", || format!("conn {index}: {at} not in {low}..{high}"));
+            }
+            let conn = &mut k.ck.conns[index];
+            conn.due = None;
+            conn.attempt = at;
+        }
+        State::Connected => {
+            k.ck.reconnects += 1;
+            let conn = &mut k.ck.conns[index];
+            conn.connected_at = Some(at);
+            conn.ever = true;
+            one_socket(k, index);
+        }
+        _ => {}
+    }
+}
+
+/// Never two sockets for one connection.
+fn one_socket(k: &mut Kernel, index: usize) {
+    let open: Vec<usize> =
+        k.sv.socks
+            .iter()
+            .filter(|(sock, server)| {
+                server.conn == index
+                    && matches!(k.net.socks[**sock].life, Life::Open | Life::Connecting)
+            })
+            .map(|(sock, _)| *sock)
+            .collect();
+    if open.len() > 1 {
+        k.broken("one-socket", || format!("conn {index} has sockets {open:?}"));
+    }
+}
+
+/// Whether another attempt can cure it: the table of DESIGN, section 4.
+fn curable(kind: &ErrorKind) -> bool {
+    match kind {
+        ErrorKind::Http { status, .. } => matches!(status, 408 | 425 | 429 | 500..),
+        ErrorKind::Closed { code } => {
+            matches!(code, 1000 | 1001 | 1005 | 1006 | 1011..=1014 | 3000..=4999)
+        }
+        kind => !matches!(
+            kind,
+            ErrorKind::Certificate
+                | ErrorKind::Protocol
+                | ErrorKind::TooLarge
+                | ErrorKind::Handshake
+                | ErrorKind::Url
+                | ErrorKind::Subprotocol
+                | ErrorKind::Spawn
+                | ErrorKind::Panicked
+                | ErrorKind::Redirect
+        ),
+    }
+}
+
+fn loss(
+    k: &mut Kernel,
+    at: u64,
+    index: usize,
+    uptime: Option<Duration>,
+    retry_in: Option<Duration>,
+    error: &Error,
+) {
+    let setup = k.ck.setup.clone();
+    true_verdict(k, at, index, error);
+    let conn = &mut k.ck.conns[index];
+    if uptime.is_some_and(|uptime| uptime >= setup.stable) {
+        (conn.retries, conn.failures) = (0, 0);
+    } else {
+        conn.failures += 1;
+    }
+    let (failures, ever) = (conn.failures, conn.ever);
+    let limit = if ever { setup.reconnects } else { setup.attempts };
+    let used_up = limit.is_some_and(|limit| failures >= limit);
+    let curable = curable(error.kind());
+    let Some(delay) = retry_in else {
+        if curable && !used_up {
+            k.broken("recoverable-is-retried", || format!("conn {index}: {}", error.chain()));
+        }
+        // Whatever a thread holds is let go at its end.
+        k.ck.conns[index].blocked = false;
+        k.ck.conns[index].unblocked = at;
+        k.ck.conns[index].ends.push_back(at);
+        return;
+    };
+    if !curable || used_up {
+        k.broken("unrecoverable-ends", || {
+            format!("conn {index} retries after {failures} failures: {}", error.chain())
+        });
+    }
+    let conn = &mut k.ck.conns[index];
+    conn.retries += 1;
+    let (low, high) = bounds(&setup, conn.retries, error.kind());
+    let tries = conn.retries;
+    if delay < low || delay > high {
+        k.broken("back-off-bounds", || {
+            format!("conn {index}, retry {tries}: {delay:?} not in {low:?}..{high:?}: {error}")
+        });
+    }
+    k.ck.conns[index].due = Some((at + nanos(delay), at + nanos(delay)));
+}
+
+fn bounds(setup: &Setup, tries: u32, kind: &ErrorKind) -> (Duration, Duration) {
+    let mut whole = setup.base;
+    for _ in 1..tries.min(40) {
+        whole = (whole * 2).min(setup.max);
+    }
+    let whole = whole.min(setup.max);
+    let (low, high) = match setup.jitter {
+        0 => (whole, whole),
+        1 => (whole / 2, whole),
+        _ => (Duration::ZERO, whole),
+    };
+    let secs = Duration::from_secs;
+    let (asked_low, asked_high) = match kind {
+        ErrorKind::Http { retry_after: Some(asked), .. } => {
+            let asked = (*asked).min(setup.retry_after_max);
+            (asked, asked + asked / 10 + Duration::from_millis(1))
+        }
+        ErrorKind::Closed { code: 1012 } => (secs(5), secs(30)),
+        ErrorKind::Closed { code: 1013 } => (secs(5), Duration::from_millis(5501)),
+        _ => (Duration::ZERO, Duration::ZERO),
+    };
+    (low.max(asked_low), high.max(asked_high))
+}
+
+/// A verdict of the heartbeat must be true: a server that answers is not dead.
+fn true_verdict(k: &mut Kernel, at: u64, index: usize, error: &Error) {
+    if !matches!(error.kind(), ErrorKind::NoPong) {
+        return;
+    }
+    let newest = k.sv.socks.iter().rev().find(|(_, server)| server.conn == index);
+    let Some((sock, server)) = newest else { return };
+    let it = &k.net.socks[*sock];
+    let healthy = server.is_open()
+        && server.mute.is_none()
+        && server.stalled.is_none()
+        && it.frozen.is_none()
+        && it.delay.1 < nanos(k.ck.setup.pong) / 4;
+    let sock = *sock;
+    if healthy && k.ck.setup.pong > Duration::from_secs(4) {
+        k.broken("true-verdict", || format!("conn {index}, sock {sock}: {error}"));
+    }
+}
+
+fn restarting(k: &mut Kernel, at: u64, index: usize, delay: Duration) {
+    let setup = k.ck.setup.clone();
+    let starts = at + nanos(delay);
+    let within = nanos(setup.within);
+    let conn = &mut k.ck.conns[index];
+    conn.restarts.push_back(starts);
+    conn.restarts.retain(|old| old + within >= starts);
+    let count = conn.restarts.len();
+    (conn.retries, conn.failures, conn.ever) = (0, 0, false);
+    conn.due = Some((starts, starts + SLACK));
+    if count > setup.restarts as usize {
+        k.broken("restarts-within-intensity", || format!("conn {index}: {count} restarts"));
+    }
+    if delay < Duration::from_millis(250) {
+        k.broken("no-hot-restart", || format!("conn {index} restarts after {delay:?}"));
+    }
+}
+
+fn failed(k: &mut Kernel, at: u64, index: usize, error: &Error) {
+    let setup = k.ck.setup.clone();
+    let conn = &k.ck.conns[index];
+    let near = nanos(setup.within) + nanos(Duration::from_secs(31));
+    let restarts = conn.restarts.iter().filter(|old| **old + near >= at).count();
+    let spent = restarts >= setup.restarts as usize;
+    let rightly = matches!(error.kind(), ErrorKind::Attempts | ErrorKind::Spawn) || spent;
+    if !rightly {
+        k.broken("fails-only-for-cause", || format!("conn {index}: {}", error.chain()));
+    }
+    k.ck.failed = Some((at, error.clone()));
+}
+
+/// Looked at every half second of virtual time.
+pub(crate) fn sweep(k: &mut Kernel) {
+    let now = k.now;
+    if now < k.ck.swept + 500_000_000 {
+        return;
+    }
+    k.ck.swept = now;
+    let setup = k.ck.setup.clone();
+    for index in 0..k.ck.conns.len() {
+        let conn = &k.ck.conns[index];
+        let (state, attempt, due) = (conn.state(), conn.attempt, conn.due);
+        let dialing = matches!(state, State::Connecting | State::Opening);
+        if dialing && now > attempt + nanos(setup.connect) + SLACK {
+            k.broken("connect-deadline", || format!("conn {index} is still {state}"));
+        }
+        let over = k.ck.closing.is_some() || k.ck.failed.is_some();
+        if let Some((_, high)) = due
+            && now > high + SLACK
+            && !over
+            && matches!(state, State::Reconnecting | State::Disconnected)
+        {
+            k.broken("tries-again", || format!("conn {index} sleeps in {state}"));
+        }
+    }
+    let socks: Vec<usize> = k.sv.socks.keys().copied().collect();
+    for sock in socks {
+        watch(k, sock, &setup);
+    }
+    let Kernel { sv, net, .. } = k;
+    sv.socks.retain(|sock, server| {
+        let it = &net.socks[*sock];
+        it.life != Life::Released || it.released_at.is_none_or(|at| now < at + 20_000_000_000)
+    });
+}
+
+/// A dead peer is found in time.
+fn watch(k: &mut Kernel, sock: usize, setup: &Setup) {
+    let it = &k.net.socks[sock];
+    let Some(server) = k.sv.socks.get(&sock) else { return };
+    let conn = &k.ck.conns[server.conn];
+    if it.life != Life::Open || conn.state() != State::Connected || conn.blocked {
+        return;
+    }
+    let index = server.conn;
+    let alive = it.last_arrival.max(conn.unblocked).max(it.last_read);
+    let silent = it.frozen.is_some() || server.mute.is_some() || server.stalled.is_some();
+    if let Some(ping) = setup.ping
+        && silent
+        && k.now > alive + nanos(ping) + nanos(setup.pong) + SLACK
+    {
+        k.broken("half-open-found", || format!("conn {index}, sock {sock} is long dead"));
+    }
+    let it = &k.net.socks[sock];
+    if let Some(since) = it.tx_full_since
+        && k.now > since + nanos(setup.write) + SLACK
+    {
+        k.broken("stall-found", || format!("conn {index}, sock {sock} takes nothing"));
+    }
+    let it = &k.net.socks[sock];
+    if let Some(idle) = setup.idle
+        && k.now
+            > it.last_data.max(it.opened_at).max(conn_unblocked(k, index)) + nanos(idle) + SLACK
+    {
+        k.broken("idle-found", || format!("conn {index}, sock {sock} shows no data"));
+    }
+}
+
+fn conn_unblocked(k: &Kernel, index: usize) -> u64 {
+    k.ck.conns[index].unblocked
+}
+
+/// A message that the consumer has taken.
+pub(crate) struct Taken {
+    pub(crate) conn: usize,
+    pub(crate) epoch: u64,
+    pub(crate) sequence: u64,
+    /// What its text says of itself.
+    pub(crate) id: u64,
+    pub(crate) of: u64,
+    /// Messages accepted so far, and how many of them are in flight.
+    pub(crate) accepted: u64,
+    pub(crate) in_flight: u64,
+}
+
+/// The consumer has taken a message.
+pub(crate) fn taken(k: &mut Kernel, taken: &Taken) {
+    let &Taken { conn: index, epoch, sequence, id, of, accepted, in_flight } = taken;
+    k.ck.taken += 1;
+    if (epoch, sequence) <= k.ck.conns[index].last_seq {
+        let last = k.ck.conns[index].last_seq;
+        k.broken("order-kept", || format!("conn {index}: {last:?} before ({epoch}, {sequence})"));
+    }
+    k.ck.conns[index].last_seq = (epoch, sequence);
+    if of != epoch {
+        k.broken("nothing-of-a-dead-epoch", || {
+            format!("conn {index}: a message of epoch {of} came as one of {epoch}")
+        });
+    }
+    // Where messages are shed, or held by several connections, it is not known
+    // how many were accepted behind it.
+    let exact = k.ck.setup.overflow == Overflow::Block && k.ck.conns.len() == 1;
+    if let Some(capacity) = k.ck.setup.dedup.filter(|capacity| exact || *capacity > 100_000)
+        && let Some((before, false)) = k.ck.delivered.get(&id).copied()
+        && accepted - before <= capacity
+    {
+        k.broken("nothing-twice", || format!("message {id} of conn {index} again"));
+    }
+    let at_least = accepted.saturating_sub(in_flight);
+    k.ck.delivered.insert(id, (at_least, false));
+}
+
+pub(crate) fn failed_message(k: &mut Kernel, id: u64) {
+    if let Some(it) = k.ck.delivered.get_mut(&id) {
+        it.1 = true;
+    }
+}
+
+/// An outgoing message has left for good: it came in, or was lost on the way.
+pub(crate) fn out_arrived(k: &mut Kernel, index: usize, number: u64, lost: bool) {
+    let last = k.ck.conns[index].last_out;
+    k.ck.outs += 1;
+    if !k.ck.conns[index].outs.insert(number) {
+        k.broken("sent-once", || format!("conn {index}: out {number} again"));
+    }
+    // What was lost is found out later than what its successors bring.
+    if !lost {
+        if number <= last {
+            k.broken("sent-in-order", || format!("conn {index}: out {number} after {last}"));
+        }
+        k.ck.conns[index].last_out = number;
+    }
+}

@@ -1,0 +1,97 @@
+//! The crate's `io/websocket.rs`, in a shell that can carry a planted bug.
+
+use super::{feed, poll, socket};
+use crate::planted::{Bug, planted};
+#[path = "../../../src/io/websocket.rs"]
+mod real;
+use crate::error::Error;
+use crate::handler::Outgoing;
+use crate::message::Payload;
+use poll::{Poller, Ready};
+pub(crate) use real::{Incoming, Limits, Sent};
+use socket::{Socket, Stream};
+
+#[derive(Debug)]
+pub(crate) struct Websocket(real::Websocket<Stream>, Vec<Outgoing>);
+
+impl Websocket {
+    pub(crate) fn new(stream: Stream, rest: Vec<u8>, limits: Limits) -> Self {
+        Self(real::Websocket::new(stream, rest, limits), Vec::new())
+    }
+
+    pub(crate) fn read(
+        &mut self,
+        data: impl FnOnce(Payload<'_>),
+    ) -> Result<Option<Incoming>, Error> {
+        self.0.read(data)
+    }
+
+    pub(crate) fn shrink(&mut self) {
+        self.0.shrink();
+    }
+
+    pub(crate) fn abandon(&mut self) {
+        self.0.abandon();
+    }
+
+    pub(crate) fn send(&mut self, message: &Outgoing) -> Result<Sent, Error> {
+        let sent = self.0.send(message)?;
+        if planted(Bug::FinishedSentAgain) && self.1.len() < 3 {
+            self.1.push(message.clone());
+        }
+        if planted(Bug::WrittenTwice) && crate::kernel::chance(0.05) {
+            return self.0.send(message);
+        }
+        Ok(sent)
+    }
+
+    pub(crate) fn send_once(&mut self, message: &Outgoing) -> Result<Sent, Error> {
+        self.0.send_once(message)
+    }
+
+    pub(crate) fn ping(&mut self, payload: Vec<u8>) -> Result<Sent, Error> {
+        if planted(Bug::PongMissing) {
+            return Ok(Sent::Queued);
+        }
+        self.0.ping(payload)
+    }
+
+    pub(crate) fn flush(&mut self) -> Result<bool, Error> {
+        self.0.flush()
+    }
+
+    pub(crate) fn has_room(&self) -> bool {
+        self.0.has_room()
+    }
+
+    pub(crate) fn take_unfinished(&mut self) -> Vec<Outgoing> {
+        let unfinished = self.0.take_unfinished();
+        if planted(Bug::UnfinishedForgotten) {
+            return Vec::new();
+        }
+        if planted(Bug::FinishedSentAgain) {
+            return std::mem::take(&mut self.1);
+        }
+        unfinished
+    }
+
+    pub(crate) fn close(&mut self, code: u16, reason: &str) -> Result<(), Error> {
+        self.0.close(code, reason)
+    }
+
+    pub(crate) fn on_ready(&mut self, ready: Ready) -> bool {
+        self.0.on_ready(ready)
+    }
+
+    pub(crate) fn socket(&self) -> &Socket {
+        self.0.socket()
+    }
+
+    pub(crate) fn release(self, poller: &mut Poller) {
+        if planted(Bug::SocketNotReleased) {
+            std::mem::forget(self);
+            return;
+        }
+        self.0.release(poller);
+    }
+}

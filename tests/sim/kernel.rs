@@ -1,0 +1,363 @@
+//! Virtual time, chance, and the coroutines that play threads.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use generator::{Generator, Gn};
+
+use crate::event::Event;
+use crate::simnet::Net;
+
+/// Words of a coroutine's stack.
+const STACK: usize = 0x1_0000;
+
+/// What a coroutine waits for.
+pub(crate) enum Wait {
+    /// Its turn.
+    Yield,
+    /// Readiness of a socket of this poller, or its waker.
+    Poll(usize),
+    /// The end of another.
+    Join(usize),
+    Until(Box<dyn Fn() -> bool>),
+    /// An instant, or something else before.
+    Deadline(Option<Instant>, Box<dyn Fn() -> bool>),
+}
+
+/// What happens at an instant of virtual time.
+#[derive(Debug, Clone)]
+pub(crate) enum Ev {
+    /// Only moves the time on.
+    Nothing,
+    Connected(usize),
+    ToServer(usize, Vec<u8>),
+    ToClient(usize, Arrival),
+    /// The server hears that the client is gone.
+    ClientGone(usize),
+    Mishap(usize),
+    Pump(usize),
+    Feed(usize),
+    Redeliver(usize, u64),
+    Consume,
+    Push(usize),
+    Flood(usize, u32),
+    PipelineTick(u64),
+    Heal,
+    Quiet,
+    Close,
+    Finished,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) enum Arrival {
+    Bytes(Vec<u8>),
+    Fin,
+    Reset,
+}
+
+pub(crate) struct Kernel {
+    pub(crate) base: Instant,
+    pub(crate) now: u64,
+    seed: u64,
+    agenda: BTreeMap<(u64, u64), Ev>,
+    order: u64,
+    waits: Vec<Option<Wait>>,
+    new: Vec<Task>,
+    alive: Vec<usize>,
+    known: usize,
+    current: usize,
+    pub(crate) net: Net,
+    pub(crate) sv: crate::server::Servers,
+    pub(crate) ck: crate::checks::Checks,
+    /// Told by the observer and not looked at yet.
+    pub(crate) told: VecDeque<(u64, Event)>,
+    pub(crate) violation: Option<(&'static str, String)>,
+    pub(crate) trace: bool,
+    pub(crate) log: VecDeque<String>,
+    pub(crate) faults: u64,
+    pub(crate) steps: u64,
+    /// Chance that a fallible call of the system fails.
+    pub(crate) failing: f64,
+}
+
+struct Task {
+    name: String,
+    body: Generator<'static, (), ()>,
+}
+
+thread_local! {
+    static KERNEL: RefCell<Kernel> = RefCell::new(Kernel::new(0, false));
+    static TASKS: RefCell<Vec<Option<Task>>> = const { RefCell::new(Vec::new()) };
+}
+
+pub(crate) fn with<T>(run: impl FnOnce(&mut Kernel) -> T) -> T {
+    KERNEL.with(|kernel| run(&mut kernel.borrow_mut()))
+}
+
+impl Kernel {
+    fn new(seed: u64, trace: bool) -> Self {
+        Self {
+            base: Instant::now() + Duration::from_secs(3600),
+            now: 0,
+            seed: seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xD1B5_4A32_D192_ED03,
+            agenda: BTreeMap::new(),
+            order: 0,
+            waits: Vec::new(),
+            new: Vec::new(),
+            alive: Vec::new(),
+            known: 0,
+            current: usize::MAX,
+            net: Net::default(),
+            sv: crate::server::Servers::default(),
+            ck: crate::checks::Checks::default(),
+            told: VecDeque::new(),
+            violation: None,
+            trace,
+            log: VecDeque::new(),
+            faults: 0,
+            steps: 0,
+            failing: 0.0,
+        }
+    }
+
+    /// SplitMix64.
+    pub(crate) fn draw(&mut self) -> u64 {
+        self.seed = self.seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.seed;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    pub(crate) fn unit(&mut self) -> f64 {
+        (self.draw() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    pub(crate) fn chance(&mut self, p: f64) -> bool {
+        self.unit() < p
+    }
+
+    /// From `low` up to, and without, `high`.
+    pub(crate) fn range(&mut self, low: u64, high: u64) -> u64 {
+        low + self.draw() % (high - low).max(1)
+    }
+
+    pub(crate) fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.range(0, from.len() as u64) as usize]
+    }
+
+    /// Nanoseconds with this mean, exponentially distributed.
+    pub(crate) fn after_about(&mut self, mean: Duration) -> u64 {
+        (mean.as_nanos() as f64 * -(1.0 - self.unit()).ln()) as u64
+    }
+
+    pub(crate) fn at(&mut self, at: u64, ev: Ev) {
+        self.order += 1;
+        self.agenda.insert((at.max(self.now), self.order), ev);
+    }
+
+    pub(crate) fn soon(&mut self, wait: u64, ev: Ev) {
+        self.at(self.now + wait, ev);
+    }
+
+    pub(crate) fn note(&mut self, text: impl FnOnce() -> String) {
+        if self.trace {
+            let at = self.now as f64 / 1e9;
+            let line = format!("{at:12.6} {}", text());
+            if self.log.len() == 1_000_000 {
+                self.log.pop_front();
+            }
+            self.log.push_back(line);
+        }
+    }
+
+    /// A promise is broken; the first one counts.
+    pub(crate) fn broken(&mut self, check: &'static str, how: impl FnOnce() -> String) {
+        if self.violation.is_none() {
+            let how = how();
+            self.note(|| format!("VIOLATION {check}: {how}"));
+            self.violation = Some((check, how));
+        }
+    }
+
+    pub(crate) fn instant(&self) -> Instant {
+        self.base + Duration::from_nanos(self.now)
+    }
+
+    pub(crate) fn nanos(&self, at: Instant) -> u64 {
+        at.saturating_duration_since(self.base).as_nanos() as u64
+    }
+}
+
+/// A new world.
+pub(crate) fn begin(seed: u64, trace: bool) {
+    TASKS.with(|tasks| {
+        // Coroutines that never ended cannot be unwound safely: they are let go.
+        tasks.borrow_mut().drain(..).flatten().for_each(std::mem::forget);
+    });
+    KERNEL.with(|kernel| {
+        let old = std::mem::replace(&mut *kernel.borrow_mut(), Kernel::new(seed, trace));
+        std::mem::forget(old.waits);
+        std::mem::forget(old.new);
+    });
+}
+
+pub(crate) fn instant() -> Instant {
+    with(|k| k.instant())
+}
+
+pub(crate) fn elapsed() -> Duration {
+    with(|k| Duration::from_nanos(k.now))
+}
+
+pub(crate) fn chance(p: f64) -> bool {
+    with(|k| k.chance(p))
+}
+
+/// Whether a fallible call of the system fails this time.
+pub(crate) fn fails(what: &'static str) -> bool {
+    with(|k| {
+        let p = k.failing;
+        let fails = p > 0.0 && k.chance(p);
+        if fails {
+            k.faults += 1;
+            k.note(|| format!("{what} fails"));
+        }
+        fails
+    })
+}
+
+/// What `rand::random` is in this program.
+pub(crate) fn random() -> f64 {
+    with(Kernel::unit)
+}
+
+pub(crate) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> usize {
+    let body = Gn::new_opt(STACK, move || body());
+    with(|k| {
+        let id = k.waits.len();
+        k.waits.push(Some(Wait::Yield));
+        k.new.push(Task { name: name.to_owned(), body });
+        k.note(|| format!("task {id} {name} starts"));
+        id
+    })
+}
+
+/// Gives the turn away until what is waited for has come.
+#[allow(deprecated)]
+pub(crate) fn pause(wait: Wait) {
+    with(|k| {
+        let current = k.current;
+        k.waits[current] = Some(wait);
+    });
+    generator::yield_with(());
+}
+
+/// Blocks the calling coroutine, as user code may.
+pub(crate) fn sleep(time: Duration) {
+    let until = with(|k| k.instant() + time);
+    pause(Wait::Deadline(Some(until), Box::new(|| false)));
+}
+
+pub(crate) fn is_done(task: usize) -> bool {
+    with(|k| k.waits[task].is_none())
+}
+
+pub(crate) fn alive() -> Vec<String> {
+    TASKS.with(|tasks| {
+        tasks.borrow().iter().flatten().map(|task| task.name.clone()).collect::<Vec<_>>()
+    })
+}
+
+fn can_run(task: usize) -> bool {
+    let now = instant();
+    // The wait is taken out while its condition is asked, which may want the kernel.
+    let Some(wait) = with(|k| k.waits[task].take()) else { return false };
+    let can = match &wait {
+        Wait::Yield => true,
+        Wait::Poll(poller) => with(|k| k.net.is_ready(*poller)),
+        Wait::Join(other) => *other != task && is_done(*other),
+        Wait::Until(condition) => condition(),
+        Wait::Deadline(at, condition) => at.is_some_and(|at| at <= now) || condition(),
+    };
+    with(|k| k.waits[task] = Some(wait));
+    can
+}
+
+/// Runs one coroutine that can run; `false` if none can.
+pub(crate) fn run_one() -> bool {
+    let new = with(|k| std::mem::take(&mut k.new));
+    let count = TASKS.with(|tasks| {
+        let mut tasks = tasks.borrow_mut();
+        tasks.extend(new.into_iter().map(Some));
+        tasks.len()
+    });
+    with(|k| k.alive.extend(k.known..count));
+    with(|k| k.known = count);
+    let mut runnable = [0; 32];
+    let mut found = 0;
+    for at in 0..with(|k| k.alive.len()) {
+        let task = with(|k| k.alive[at]);
+        if found < runnable.len() && can_run(task) {
+            runnable[found] = task;
+            found += 1;
+        }
+    }
+    if found == 0 {
+        return false;
+    }
+    let id = with(|k| {
+        let id = k.pick(&runnable[..found]);
+        k.current = id;
+        // A turn takes time.
+        let cost = k.range(500, 30_000);
+        k.now += cost;
+        k.steps += 1;
+        id
+    });
+    let mut task = TASKS.with(|tasks| tasks.borrow_mut()[id].take()).expect("it is there");
+    task.body.resume();
+    if task.body.is_done() {
+        with(|k| {
+            k.waits[id] = None;
+            k.alive.retain(|alive| *alive != id);
+            k.note(|| format!("task {id} {} ended", task.name));
+        });
+    } else {
+        TASKS.with(|tasks| tasks.borrow_mut()[id] = Some(task));
+    }
+    with(|k| k.current = usize::MAX);
+    true
+}
+
+/// The next event, if it is due now.
+pub(crate) fn due() -> Option<Ev> {
+    with(|k| {
+        let (at, _) = k.agenda.first_key_value()?.0;
+        if *at > k.now { None } else { k.agenda.pop_first().map(|(_, ev)| ev) }
+    })
+}
+
+/// The next event, whatever the coroutines wait for.
+pub(crate) fn next_event() -> Option<Ev> {
+    with(|k| {
+        let ((at, _), ev) = k.agenda.pop_first()?;
+        k.now = k.now.max(at);
+        Some(ev)
+    })
+}
+
+/// Moves the time on to the next event or deadline; `false` when there is none.
+pub(crate) fn advance() -> bool {
+    with(|k| {
+        let event = k.agenda.first_key_value().map(|((at, _), _)| *at);
+        let deadline = k.alive.iter().filter_map(|task| match &k.waits[*task] {
+            Some(Wait::Deadline(at, _)) => at.map(|at| k.nanos(at)),
+            _ => None,
+        });
+        let Some(next) = deadline.chain(event).min() else { return false };
+        k.now = k.now.max(next);
+        true
+    })
+}

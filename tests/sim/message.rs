@@ -1,0 +1,43 @@
+//! The crate's messages, in a shell that can carry a planted bug.
+
+use crate::planted::{Bug, planted};
+#[path = "../../src/message.rs"]
+mod real;
+pub(crate) use real::{Account, Block, Message, MessageId, Metadata, Payload};
+use std::time::Instant;
+
+pub(crate) struct BlockBuilder(real::BlockBuilder);
+
+impl BlockBuilder {
+    pub(crate) fn new(connection: usize, epoch: u64, at: Instant) -> Self {
+        let epoch = if planted(Bug::WrongEpoch) { epoch.max(2) - 1 } else { epoch };
+        Self(real::BlockBuilder::new(connection, epoch, at))
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.0.bytes()
+    }
+
+    pub(crate) fn push(&mut self, payload: Payload<'_>, sequence: u64, id: Option<MessageId>) {
+        let wrong = planted(Bug::WrongOrder) && sequence % 50 == 0;
+        self.0.push(payload, if wrong { sequence + 5 } else { sequence }, id);
+    }
+
+    pub(crate) fn retain(&mut self, fresh: impl FnMut(Option<MessageId>) -> bool) {
+        self.0.retain(fresh);
+    }
+
+    pub(crate) fn finish(self) -> Block {
+        self.0.finish()
+    }
+}
+
+impl std::fmt::Debug for BlockBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}

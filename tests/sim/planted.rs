@@ -1,0 +1,47 @@
+//! Bugs planted on purpose, one at a time: the checks must find each.
+//!
+//! They sit in this program's doubles and in thin shells around the crate's
+//! modules, so the crate itself has no trace of them.
+
+use std::cell::Cell;
+
+macro_rules! bugs {
+    ($($name:ident,)*) => {
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub(crate) enum Bug { $($name,)* }
+        pub(crate) const ALL: &[Bug] = &[$(Bug::$name,)*];
+    };
+}
+
+bugs! {
+    // Around the threads.
+    LostWakeUp, LostEdge, LostAlarm, TimerKeepsTheLater, LostNotice, SocketNotReleased, LateClock,
+    // Heartbeat.
+    HalfOpenNeverDeclared, SendingPostponesTheVerdict, ResumeForgotten, StallNeverDeclared,
+    PingsHideADeadFeed, DeadWhilePaused,
+    // Back-off and error classes.
+    BackOffResetByConnect, BackOffNeverReset, RetryAfterIgnored, BackOffBeyondItsCap,
+    CloseCodeDelayIgnored, UnrecoverableRetried, RecoverableGivenUp, AttemptsNotLimited,
+    IllegalTransition,
+    // Dedup, ledger, overflow, restarts.
+    WindowTooSmall, FailureNotForgotten, DuplicateAccepted, FreshTakenForDuplicate,
+    SkippedNotCounted, ShedNotCounted, NeverFull, HeldForEver, OldestNotDropped,
+    IntensityIgnored, RestartedAtOnce,
+    // The WebSocket and the blocks.
+    UnfinishedForgotten, FinishedSentAgain, WrittenTwice, WrongEpoch, WrongOrder, PongMissing,
+    // The pipeline.
+    TimerOfAnOlderBatch, EmptyBatch, BatchTooLarge, MissedFlushOnStop, RateExceeded,
+    SettledTwice, AcknowledgedBeforeOutcome, OvertakenInItsKey, RetriedForEver,
+}
+
+thread_local! {
+    static PLANTED: Cell<Option<Bug>> = const { Cell::new(None) };
+}
+
+pub(crate) fn plant(bug: Option<Bug>) {
+    PLANTED.set(bug);
+}
+
+pub(crate) fn planted(bug: Bug) -> bool {
+    PLANTED.get() == Some(bug)
+}

@@ -1,0 +1,694 @@
+//! The simulated servers: one for each connection, with every fault in the book.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tungstenite::handshake::derive_accept_key;
+
+use crate::kernel::{Arrival, Ev, Kernel, with};
+use crate::simnet::{self, Life, drained, send_down};
+
+const MS: u64 = 1_000_000;
+const SECOND: u64 = 1_000_000_000;
+
+/// Bytes that a server sends ahead of what the client has read.
+const WINDOW: usize = 256 * 1024;
+
+/// How often each fault strikes; drawn for each seed.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Rates {
+    pub(crate) refuse: f64,
+    pub(crate) black_hole: f64,
+    pub(crate) bad_upgrade: f64,
+    pub(crate) dns: f64,
+    pub(crate) tls: f64,
+    pub(crate) hook: f64,
+    pub(crate) session: f64,
+    /// Mean time between mishaps of an open connection.
+    pub(crate) mishap: Duration,
+    /// Share of mishaps that no retry cures.
+    pub(crate) fatal: f64,
+    pub(crate) duplicate: f64,
+    pub(crate) reorder: f64,
+    pub(crate) skip: f64,
+    /// Mean time between messages of a feed.
+    pub(crate) message: Duration,
+    pub(crate) burst: u64,
+    pub(crate) dribble: bool,
+    pub(crate) big: f64,
+    pub(crate) slow: bool,
+    /// Overlap of what is sent again after a reconnect.
+    pub(crate) overlap: u64,
+}
+
+#[derive(Default)]
+pub(crate) struct Servers {
+    pub(crate) rates: Rates,
+    pub(crate) sessions: bool,
+    /// All connections show the same feed.
+    pub(crate) redundant: bool,
+    pub(crate) conns: Vec<Feed>,
+    pub(crate) socks: BTreeMap<usize, Server>,
+    pub(crate) healed: bool,
+    pub(crate) max_message: usize,
+    pub(crate) sent_frames: u64,
+    pub(crate) close_frames: u64,
+}
+
+/// One endpoint's messages.
+#[derive(Default)]
+pub(crate) struct Feed {
+    pub(crate) head: u64,
+    /// Failed messages to be sent again.
+    pub(crate) again: VecDeque<u64>,
+    pub(crate) ended: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Request,
+    Open,
+    /// It said goodbye, or is gone.
+    Over,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Plan {
+    Refuse,
+    BlackHole,
+    Upgrade,
+    Status(u16, Option<u64>),
+    Garbage,
+    Silent,
+    Cut,
+    Fin,
+    Dribble,
+}
+
+/// The server's end of one socket.
+pub(crate) struct Server {
+    pub(crate) conn: usize,
+    pub(crate) epoch: u64,
+    phase: Phase,
+    plan: Plan,
+    secure: bool,
+    inbox: Vec<u8>,
+    cursor: u64,
+    upgraded: bool,
+    /// Whether it will look at the window again by itself.
+    pub(crate) pumps: bool,
+    /// Waits for the session to say where to go on.
+    waits: bool,
+    /// Reads nothing any more.
+    pub(crate) stalled: Option<u64>,
+    unread: Vec<u8>,
+    /// Sends nothing any more.
+    pub(crate) mute: Option<u64>,
+    idle: bool,
+    pub(crate) got_close: bool,
+    pub(crate) asked: Option<u64>,
+}
+
+impl Server {
+    pub(crate) fn is_open(&self) -> bool {
+        self.phase == Phase::Open
+    }
+}
+
+/// A client connects.
+pub(crate) fn connect(addr: SocketAddr) -> usize {
+    with(|k| {
+        let sock = simnet::open(k, addr);
+        let (conn, secure) = (conn_of(addr), addr.port() == 443);
+        let plan = plan(k, secure);
+        let rates = &k.sv.rates;
+        let (dribble, slow) = (rates.dribble, rates.slow);
+        if dribble && k.chance(0.3) {
+            k.net.socks[sock].read_most = k.pick(&[1, 7, 40, 100, 1460, 1460]);
+            k.net.socks[sock].write_most = k.pick(&[1, 3, 11, 200, 1460, 1460]);
+        }
+        if k.chance(0.3) {
+            k.net.socks[sock].tx_space = k.pick(&[300, 1000, 5000]);
+        }
+        if slow && k.chance(0.3) {
+            k.net.socks[sock].delay = (10 * MS, k.pick(&[100, 700, 2500]) * MS);
+        }
+        k.sv.socks.insert(
+            sock,
+            Server {
+                conn,
+                epoch: 0,
+                phase: Phase::Request,
+                plan,
+                secure,
+                inbox: Vec::new(),
+                cursor: 0,
+                upgraded: false,
+                pumps: false,
+                waits: false,
+                stalled: None,
+                unread: Vec::new(),
+                mute: None,
+                idle: false,
+                got_close: false,
+                asked: None,
+            },
+        );
+        k.note(|| format!("conn {conn} connects by sock {sock}: {plan:?}"));
+        if plan != Plan::BlackHole {
+            let delay = k.net.socks[sock].delay;
+            let wait = k.range(delay.0, delay.1);
+            k.soon(wait, Ev::Connected(sock));
+        }
+        sock
+    })
+}
+
+fn conn_of(addr: SocketAddr) -> usize {
+    match addr.ip() {
+        std::net::IpAddr::V4(ip) => ip.octets()[2] as usize,
+        std::net::IpAddr::V6(ip) => ip.segments()[6] as usize,
+    }
+}
+
+fn plan(k: &mut Kernel, secure: bool) -> Plan {
+    if k.sv.healed {
+        return Plan::Upgrade;
+    }
+    let rates = k.sv.rates.clone();
+    let plan = if k.chance(rates.refuse) {
+        Plan::Refuse
+    } else if k.chance(rates.black_hole) {
+        Plan::BlackHole
+    } else if secure {
+        k.pick(&[Plan::Garbage, Plan::Silent, Plan::Cut, Plan::Fin])
+    } else if k.chance(rates.bad_upgrade) {
+        let seconds = k.pick(&[0, 1, 2, 17, 400, 100_000]);
+        let after = k.chance(0.6).then_some(seconds);
+        let kind = k.range(0, 12);
+        match kind {
+            0 if k.chance(rates.fatal) => Plan::Status(401, after),
+            1 if k.chance(rates.fatal) => Plan::Garbage,
+            0..=3 => Plan::Status(429, after),
+            4..=6 => Plan::Status(503, after),
+            7 => Plan::Silent,
+            8 => Plan::Cut,
+            9 => Plan::Fin,
+            _ => Plan::Dribble,
+        }
+    } else {
+        Plan::Upgrade
+    };
+    k.faults += u64::from(plan != Plan::Upgrade);
+    plan
+}
+
+pub(crate) fn connected(k: &mut Kernel, sock: usize) {
+    let refused = k.sv.socks[&sock].plan == Plan::Refuse;
+    simnet::connected(k, sock, !refused);
+}
+
+/// Bytes of the client come in.
+pub(crate) fn receive(k: &mut Kernel, sock: usize, bytes: Vec<u8>) {
+    if k.net.socks[sock].frozen.is_some() {
+        lose(k, sock, &bytes);
+        return;
+    }
+    let Some(server) = k.sv.socks.get_mut(&sock) else { return };
+    if server.stalled.is_some() {
+        server.unread.extend(bytes);
+        return;
+    }
+    let count = bytes.len();
+    server.inbox.extend(bytes);
+    drained(k, sock, count);
+    match k.sv.socks[&sock].phase {
+        Phase::Request => request(k, sock),
+        Phase::Open => frames(k, sock),
+        Phase::Over if k.sv.socks[&sock].upgraded => frames(k, sock),
+        Phase::Over => {}
+    }
+}
+
+fn request(k: &mut Kernel, sock: usize) {
+    let server = k.sv.socks.get_mut(&sock).unwrap();
+    let secure = server.secure;
+    let Some(end) = server.inbox.windows(4).position(|w| w == b"\r\n\r\n") else {
+        if secure && server.inbox.len() > 100 {
+            answer(k, sock, "");
+        }
+        return;
+    };
+    let head = String::from_utf8_lossy(&server.inbox[..end]).into_owned();
+    server.inbox.drain(..end + 4);
+    server.epoch = head
+        .split("e=")
+        .nth(1)
+        .and_then(|rest| rest.split(|c: char| !c.is_ascii_digit()).next())
+        .and_then(|digits| digits.parse().ok())
+        .unwrap_or(0);
+    let key = head
+        .lines()
+        .find_map(|line| {
+            let (name, value) = line.split_once(':')?;
+            name.eq_ignore_ascii_case("sec-websocket-key").then(|| value.trim().to_owned())
+        })
+        .unwrap_or_default();
+    answer(k, sock, &key);
+}
+
+fn answer(k: &mut Kernel, sock: usize, key: &str) {
+    let accept = derive_accept_key(key.as_bytes());
+    let ok = format!(
+        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+         Sec-WebSocket-Accept: {accept}\r\n\r\n"
+    );
+    match k.sv.socks[&sock].plan {
+        Plan::Upgrade => {
+            open(k, sock);
+            let mut bytes = ok.into_bytes();
+            if !k.sv.sessions && k.chance(0.5) {
+                bytes.extend(ping(b"early"));
+            }
+            send_down(k, sock, Arrival::Bytes(bytes));
+            pump(k, sock);
+        }
+        Plan::Dribble => {
+            for byte in ok.into_bytes() {
+                let wait = k.range(0, 400 * MS);
+                k.net.socks[sock].delay = (wait, wait + 1);
+                send_down(k, sock, Arrival::Bytes(vec![byte]));
+            }
+            over(k, sock);
+        }
+        Plan::Status(status, after) => {
+            k.sv.socks.get_mut(&sock).unwrap().asked = after;
+            let after = after.map(|s| format!("Retry-After: {s}\r\n")).unwrap_or_default();
+            let text = format!("HTTP/1.1 {status} No\r\n{after}Content-Length: 0\r\n\r\n");
+            send_down(k, sock, Arrival::Bytes(text.into_bytes()));
+            over(k, sock);
+        }
+        Plan::Garbage => {
+            send_down(
+                k,
+                sock,
+                Arrival::Bytes(b"\x15\x03\x01\x00\x02\x02\x28 what?\r\n\r\n".to_vec()),
+            );
+            over(k, sock);
+        }
+        Plan::Cut => {
+            send_down(k, sock, Arrival::Bytes(ok.into_bytes()[..20].to_vec()));
+            send_down(k, sock, Arrival::Reset);
+            over(k, sock);
+        }
+        Plan::Fin => {
+            send_down(k, sock, Arrival::Fin);
+            over(k, sock);
+        }
+        Plan::Refuse | Plan::BlackHole | Plan::Silent => over(k, sock),
+    }
+}
+
+fn over(k: &mut Kernel, sock: usize) {
+    k.sv.socks.get_mut(&sock).unwrap().phase = Phase::Over;
+}
+
+fn open(k: &mut Kernel, sock: usize) {
+    let sessions = k.sv.sessions;
+    let overlap = k.sv.rates.overlap;
+    let conn = k.sv.socks[&sock].conn;
+    let head = k.sv.conns[conn].head;
+    let back = k.range(0, overlap + 1);
+    let server = k.sv.socks.get_mut(&sock).unwrap();
+    server.phase = Phase::Open;
+    server.upgraded = true;
+    server.waits = sessions;
+    server.cursor = (head + 1).saturating_sub(back).max(1);
+    mishap_later(k, sock);
+    let chatter = k.chance(0.2);
+    if chatter {
+        k.soon(SECOND, Ev::Flood(sock, 1));
+    }
+}
+
+fn mishap_later(k: &mut Kernel, sock: usize) {
+    let mean = k.sv.rates.mishap;
+    let wait = k.after_about(mean);
+    k.soon(wait, Ev::Mishap(sock));
+}
+
+/// Takes the client's frames out of what came in.
+fn frames(k: &mut Kernel, sock: usize) {
+    let mut at = 0;
+    loop {
+        let server = k.sv.socks.get_mut(&sock).unwrap();
+        let Some((opcode, payload, len)) = parse(&server.inbox[at..]) else {
+            server.inbox.drain(..at);
+            return;
+        };
+        at += len;
+        let (conn, epoch) = (server.conn, server.epoch);
+        if server.got_close && opcode != 10 && opcode != 9 {
+            k.broken("nothing-after-close", || format!("opcode {opcode} on sock {sock}"));
+        }
+        match opcode {
+            1 | 2 => {
+                let text = String::from_utf8_lossy(&payload).into_owned();
+                if let Some(number) = number_after(&text, "out ") {
+                    k.note(|| format!("server of conn {conn} got out {number} in epoch {epoch}"));
+                    crate::checks::out_arrived(k, conn, number, false);
+                } else if let Some(at) = number_after(&text, "resume ") {
+                    resume(k, sock, at);
+                }
+            }
+            8 => {
+                let answered = k.chance(0.9);
+                let server = k.sv.socks.get_mut(&sock).unwrap();
+                server.got_close = true;
+                k.sv.close_frames += 1;
+                let server = k.sv.socks.get_mut(&sock).unwrap();
+                if answered && server.phase == Phase::Open && server.mute.is_none() {
+                    server.phase = Phase::Over;
+                    let code = payload.get(..2).unwrap_or_default().to_vec();
+                    send_down(k, sock, Arrival::Bytes(frame(0x88, &code)));
+                    send_down(k, sock, Arrival::Fin);
+                }
+            }
+            9 => {
+                let server = &k.sv.socks[&sock];
+                if server.mute.is_none() && server.phase == Phase::Open {
+                    send_down(k, sock, Arrival::Bytes(frame(0x8A, &payload)));
+                }
+            }
+            10 => {}
+            other => k.broken("legal-frames", || format!("opcode {other} from conn {conn}")),
+        }
+    }
+}
+
+fn number_after(text: &str, word: &str) -> Option<u64> {
+    let rest = text.strip_prefix(word)?;
+    rest.split(' ').next()?.parse().ok()
+}
+
+fn resume(k: &mut Kernel, sock: usize, at: u64) {
+    let overlap = k.sv.rates.overlap;
+    let back = k.range(if k.sv.rates.reorder > 0.0 { 3 } else { 0 }, overlap + 4);
+    let conn = k.sv.socks[&sock].conn;
+    let server = k.sv.socks.get_mut(&sock).unwrap();
+    if server.phase != Phase::Open || !server.waits {
+        return;
+    }
+    server.waits = false;
+    server.cursor = (at + 1).saturating_sub(back).max(1);
+    k.note(|| format!("sock {sock} of conn {conn} resumes from {at}"));
+    let lazy = !k.sv.healed && k.chance(0.02);
+    if lazy {
+        k.faults += 1;
+        return;
+    }
+    send_down(k, sock, Arrival::Bytes(frame(0x81, b"welcome")));
+    pump(k, sock);
+}
+
+/// Sends what the feed has, as far as the window goes.
+pub(crate) fn pump(k: &mut Kernel, sock: usize) {
+    let Some(server) = k.sv.socks.get(&sock) else { return };
+    let (conn, epoch) = (server.conn, server.epoch);
+    if server.phase != Phase::Open || server.waits || server.mute.is_some() || server.idle {
+        return;
+    }
+    let rates = k.sv.rates.clone();
+    let mut segment = Vec::new();
+    let mut sent = 0;
+    loop {
+        if k.net.socks[sock].down + segment.len() >= WINDOW || sent >= 200 {
+            if !std::mem::replace(&mut k.sv.socks.get_mut(&sock).unwrap().pumps, true) {
+                k.soon(50 * MS, Ev::Pump(sock));
+            }
+            break;
+        }
+        if k.chance(rates.skip) {
+            segment.extend(frame(0x81, b"{\"skip\":true}"));
+        }
+        let server = k.sv.socks.get_mut(&sock).unwrap();
+        let head = k.sv.conns[conn].head;
+        let next = if let Some(again) = k.sv.conns[conn].again.pop_front() {
+            again
+        } else if server.cursor <= head {
+            server.cursor += 1;
+            server.cursor - 1
+        } else {
+            break;
+        };
+        let cursor = server.cursor;
+        if cursor <= head && k.chance(rates.reorder) {
+            k.sv.socks.get_mut(&sock).unwrap().cursor += 1;
+            segment.extend(message(k, conn, epoch, cursor));
+            k.faults += 1;
+        }
+        segment.extend(message(k, conn, epoch, next));
+        if k.chance(rates.duplicate) {
+            let old = next.saturating_sub(k.range(0, 4)).max(1);
+            segment.extend(message(k, conn, epoch, old));
+            k.faults += 1;
+        }
+        sent += 1;
+        if segment.len() > 1400 {
+            send_down(k, sock, Arrival::Bytes(std::mem::take(&mut segment)));
+        }
+    }
+    if !segment.is_empty() {
+        send_down(k, sock, Arrival::Bytes(segment));
+    }
+}
+
+/// The number that all copies of a feed's message share.
+pub(crate) fn global(k: &Kernel, conn: usize, n: u64) -> u64 {
+    let feed = if k.sv.redundant { 0 } else { conn as u64 };
+    feed * 1_000_000_000 + n
+}
+
+fn message(k: &mut Kernel, conn: usize, epoch: u64, n: u64) -> Vec<u8> {
+    k.sv.sent_frames += 1;
+    let id = global(k, conn, n);
+    let pad = if k.chance(k.sv.rates.big) { k.range(200, 20_000) } else { k.range(0, 60) };
+    let text = format!("{{\"id\":{id},\"e\":{epoch},\"pad\":\"{}\"}}", "x".repeat(pad as usize));
+    let opcode = if k.chance(0.1) { 0x82 } else { 0x81 };
+    if k.chance(0.02) {
+        let (a, b) = text.as_bytes().split_at(text.len() / 2);
+        let mut bytes = frame(opcode & 0x0F, a);
+        bytes.extend(ping(b"between"));
+        bytes.extend(frame(0x80, b));
+        return bytes;
+    }
+    frame(opcode, text.as_bytes())
+}
+
+/// A feed makes a message.
+pub(crate) fn feed(k: &mut Kernel, conn: usize) {
+    if k.sv.conns[conn].ended {
+        return;
+    }
+    let (mean, burst) = (k.sv.rates.message, k.sv.rates.burst);
+    let count = k.range(1, burst + 1);
+    if k.sv.redundant {
+        let head = k.sv.conns[0].head + count;
+        k.sv.conns.iter_mut().for_each(|feed| feed.head = head);
+    } else {
+        k.sv.conns[conn].head += count;
+    }
+    pump_all(k);
+    let wait = k.after_about(mean * count as u32);
+    k.soon(wait, Ev::Feed(conn));
+}
+
+pub(crate) fn pump_all(k: &mut Kernel) {
+    let open: Vec<usize> =
+        k.sv.socks.iter().filter(|(_, server)| server.is_open()).map(|(s, _)| *s).collect();
+    for sock in open {
+        if k.net.socks[sock].life == Life::Open {
+            pump(k, sock);
+        }
+    }
+}
+
+/// The consumer failed a message: it comes again.
+pub(crate) fn redeliver(k: &mut Kernel, conn: usize, n: u64) {
+    k.sv.conns[conn].again.push_back(n);
+    pump_all(k);
+}
+
+/// Something goes wrong with an open connection.
+pub(crate) fn mishap(k: &mut Kernel, sock: usize) {
+    let Some(server) = k.sv.socks.get(&sock) else { return };
+    if k.sv.healed || server.phase != Phase::Open || k.net.socks[sock].life != Life::Open {
+        return;
+    }
+    let (fatal, big) = (k.sv.rates.fatal, k.sv.max_message);
+    let now = k.now;
+    k.faults += 1;
+    mishap_later(k, sock);
+    let kind = if k.chance(fatal) { k.range(20, 25) } else { k.range(0, 16) };
+    k.note(|| format!("sock {sock}: mishap {kind}"));
+    match kind {
+        0 | 1 => {
+            send_down(k, sock, Arrival::Reset);
+            over(k, sock);
+        }
+        2 | 3 => {
+            let half = frame(0x81, b"{\"id\":1,\"pad\":\"never whole\"}");
+            send_down(k, sock, Arrival::Bytes(half[..9].to_vec()));
+            send_down(k, sock, if kind == 2 { Arrival::Reset } else { Arrival::Fin });
+            over(k, sock);
+        }
+        4 => {
+            send_down(k, sock, Arrival::Fin);
+            over(k, sock);
+        }
+        5 | 6 => {
+            let code = k.pick(&[1000u16, 1001, 1005, 1011, 1012, 1013, 1014, 3000, 4321, 4999]);
+            close(k, sock, code);
+        }
+        7 | 8 => {
+            k.net.socks[sock].frozen = Some(now);
+            over(k, sock);
+        }
+        9 => k.sv.socks.get_mut(&sock).unwrap().stalled = Some(now),
+        10 => k.sv.socks.get_mut(&sock).unwrap().mute = Some(now),
+        11 => k.soon(0, Ev::Flood(sock, 3000)),
+        12 => k.sv.socks.get_mut(&sock).unwrap().idle = true,
+        13 => k.net.socks[sock].delay = (100 * MS, 4000 * MS),
+        14 => {
+            // Half-closed: it still reads.
+            send_down(k, sock, Arrival::Fin);
+            k.sv.socks.get_mut(&sock).unwrap().mute = Some(now);
+        }
+        15 => {
+            send_down(k, sock, Arrival::Bytes(frame(0x88, &1001u16.to_be_bytes())));
+            let server = k.sv.socks.get_mut(&sock).unwrap();
+            server.mute = Some(now);
+        }
+        20 => {
+            let mut head = vec![0x82, 127];
+            head.extend((big as u64 + 1).to_be_bytes());
+            send_down(k, sock, Arrival::Bytes(head));
+        }
+        21 => send_down(k, sock, Arrival::Bytes(vec![0xC1, 0])),
+        22 => send_down(k, sock, Arrival::Bytes(frame(0x81, &[0xFF, 0xFE]))),
+        23 => send_down(k, sock, Arrival::Bytes(vec![0x81, 0x80, 1, 2, 3, 4])),
+        _ => {
+            let code = k.pick(&[1002u16, 1003, 1007, 1008, 1009, 1010]);
+            close(k, sock, code);
+        }
+    }
+}
+
+fn close(k: &mut Kernel, sock: usize, code: u16) {
+    k.note(|| format!("sock {sock}: server closes with {code}"));
+    let payload = if code == 1005 { Vec::new() } else { code.to_be_bytes().to_vec() };
+    send_down(k, sock, Arrival::Bytes(frame(0x88, &payload)));
+    over(k, sock);
+    if k.chance(0.5) {
+        send_down(k, sock, Arrival::Fin);
+    }
+}
+
+pub(crate) fn flood(k: &mut Kernel, sock: usize, left: u32) {
+    let Some(server) = k.sv.socks.get(&sock) else { return };
+    if server.phase != Phase::Open || server.mute.is_some() || left == 0 {
+        return;
+    }
+    if k.net.socks[sock].life != Life::Open || k.net.socks[sock].down > WINDOW {
+        return;
+    }
+    let mut bytes = Vec::new();
+    let some = left.min(50);
+    (0..some).for_each(|_| bytes.extend(ping(b"0123456789")));
+    send_down(k, sock, Arrival::Bytes(bytes));
+    k.soon(20 * MS, Ev::Flood(sock, left - some));
+}
+
+/// From now on nothing goes wrong any more; what is dead stays dead.
+pub(crate) fn heal(k: &mut Kernel) {
+    k.sv.healed = true;
+    let rates = &mut k.sv.rates;
+    (rates.skip, rates.duplicate, rates.reorder) = (0.0, 0.0, 0.0);
+    rates.message = rates.message.min(Duration::from_secs(5));
+    let Kernel { sv, net, .. } = k;
+    for (sock, server) in &mut sv.socks {
+        server.idle = false;
+        net.socks[*sock].delay = (50_000, 2_000_000);
+    }
+}
+
+/// The client's socket is gone: what it sent and nobody read is lost.
+pub(crate) fn client_gone(k: &mut Kernel, sock: usize) {
+    let Some(mut server) = k.sv.socks.remove(&sock) else { return };
+    let conn = server.conn;
+    server.inbox.append(&mut server.unread);
+    k.sv.socks.insert(sock, server);
+    let rest = std::mem::take(&mut k.sv.socks.get_mut(&sock).unwrap().inbox);
+    k.sv.socks.get_mut(&sock).unwrap().phase = Phase::Over;
+    lose(k, sock, &rest);
+}
+
+/// Outgoing messages in these bytes reach nobody.
+fn lose(k: &mut Kernel, sock: usize, bytes: &[u8]) {
+    let Some(server) = k.sv.socks.get_mut(&sock) else { return };
+    let conn = server.conn;
+    // Frames may lie across what was lost before: they are put together first.
+    server.unread.extend_from_slice(bytes);
+    let mut all = std::mem::take(&mut server.inbox);
+    all.append(&mut server.unread);
+    let mut lost = Vec::new();
+    let mut at = 0;
+    while let Some((_, payload, len)) = parse(&all[at..]) {
+        at += len;
+        if let Some(n) = number_after(&String::from_utf8_lossy(&payload), "out ") {
+            lost.push(n);
+        }
+    }
+    all.drain(..at);
+    k.sv.socks.get_mut(&sock).unwrap().inbox = all;
+    for n in lost {
+        k.note(|| format!("out {n} of conn {conn} is lost with sock {sock}"));
+        crate::checks::out_arrived(k, conn, n, true);
+    }
+}
+
+pub(crate) fn frame(head: u8, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![head];
+    match payload.len() {
+        len @ 0..=125 => bytes.push(len as u8),
+        len @ 126..=65_535 => {
+            bytes.push(126);
+            bytes.extend((len as u16).to_be_bytes());
+        }
+        len => {
+            bytes.push(127);
+            bytes.extend((len as u64).to_be_bytes());
+        }
+    }
+    bytes.extend_from_slice(payload);
+    bytes
+}
+
+fn ping(payload: &[u8]) -> Vec<u8> {
+    frame(0x89, payload)
+}
+
+/// One masked frame: opcode, payload, and its whole length.
+fn parse(bytes: &[u8]) -> Option<(u8, Vec<u8>, usize)> {
+    let (first, second) = (*bytes.first()?, *bytes.get(1)?);
+    let (len, at) = match second & 0x7F {
+        126 => (u16::from_be_bytes(bytes.get(2..4)?.try_into().ok()?) as usize, 4),
+        127 => (u64::from_be_bytes(bytes.get(2..10)?.try_into().ok()?) as usize, 10),
+        len => (len as usize, 2),
+    };
+    let mask = bytes.get(at..at + 4)?;
+    let payload = bytes.get(at + 4..at + 4 + len)?;
+    let payload = payload.iter().zip(mask.iter().cycle()).map(|(b, m)| b ^ m).collect();
+    Some((first & 0x0F, payload, at + 4 + len))
+}

@@ -1,0 +1,983 @@
+//! The world: what a seed sets up, what happens in it, and the run over seeds.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::bounded;
+
+use crate::checks::{self, Checks, Conn, SLACK, Setup};
+use crate::error::{BoxError, ErrorKind};
+use crate::event::{EventKind, State};
+use crate::handler::{Data, Link, Outgoing, Request, Session};
+use crate::io::clock::Clock;
+use crate::io::dial::DialPolicy;
+use crate::io::tls::TlsSource;
+use crate::io::websocket::Limits;
+use crate::kernel::{self, Ev, Kernel, with};
+use crate::logic::backoff::{Backoff, Jitter};
+use crate::logic::connection::RetryPolicy;
+use crate::logic::dedup::Dedup;
+use crate::logic::heartbeat::Heartbeat;
+use crate::logic::identity::Identity;
+use crate::logic::overflow::Overflow;
+use crate::logic::pointer::Pointer;
+use crate::logic::restart::Intensity;
+use crate::message::Message;
+use crate::metrics::{ConnectionMetrics, Counter};
+use crate::pipeline::{Pipeline, Settled};
+use crate::planted::{self, Bug, planted};
+use crate::server::{self, Feed, Rates, Servers};
+use crate::simnet::Life;
+use crate::threads::Spawner;
+use crate::threads::connection::{ConnectionPolicy, IdSource, Ids};
+use crate::threads::events::Hub;
+use crate::threads::inbox::Inbox;
+use crate::threads::monitor::{Monitor, NOTICES};
+use crate::threads::queue::{MAX_HELD, NoMessage, Queue, QueuePolicy};
+use crate::threads::shared::{Endpoint, Peer, Shared, States};
+use crate::threads::timer::Timer;
+
+const MS: u64 = 1_000_000;
+const SECOND: u64 = 1_000_000_000;
+
+/// What a world came to.
+#[derive(Debug, Default, Clone, Copy)]
+struct Outcome {
+    virtual_nanos: u64,
+    steps: u64,
+    faults: u64,
+    received: u64,
+    reconnects: u64,
+    outs: u64,
+    batches: u64,
+    transitions: u64,
+}
+
+struct World {
+    shared: Arc<Shared>,
+    setup: Setup,
+    pipeline: Option<Pipeline>,
+    pushed: Vec<u64>,
+    consume_every: u64,
+    consume_most: u64,
+    stall: f64,
+    by_block: bool,
+    end: u64,
+    quiet: bool,
+    close_deadline: u64,
+    skipped_ends: bool,
+    monitor: usize,
+}
+
+pub(crate) fn main() -> i32 {
+    std::panic::set_hook(Box::new(|info| {
+        let text = info.to_string();
+        if !text.contains("planned") {
+            eprintln!("{text}");
+        }
+    }));
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    let minutes = number("SIM_MINUTES").unwrap_or(30);
+    let bug = std::env::var("SIM_PLANTED").ok().map(|name| {
+        *planted::ALL.iter().find(|bug| format!("{bug:?}") == name).expect("a planted bug's name")
+    });
+    if let Some(seed) = number("SIM_SEED") {
+        return replay(seed, minutes, bug, usize::MAX);
+    }
+    let debug = cfg!(debug_assertions);
+    let seeds = number("SIM_SEEDS").unwrap_or(if debug { 20 } else { 5000 });
+    let first = number("SIM_FIRST").unwrap_or(1);
+    if let Some(bug) = bug {
+        return i32::from(!find(bug, seeds, minutes));
+    }
+    let failed = run(first, seeds, minutes);
+    if failed > 0 {
+        println!("test result: FAILED. 0 passed; {failed} failed");
+        return 1;
+    }
+    if debug && std::env::var("SIM_BUGS").is_err() || number("SIM_BUGS") == Some(0) {
+        println!("test result: ok. 1 passed; 0 failed");
+        return 0;
+    }
+    let missed: Vec<_> =
+        planted::ALL.iter().filter(|bug| !find(**bug, 400, minutes.min(30))).collect();
+    if missed.is_empty() {
+        println!("all {} planted bugs found", planted::ALL.len());
+        println!("test result: ok. 2 passed; 0 failed");
+        return 0;
+    }
+    println!("not found: {missed:?}");
+    println!("test result: FAILED. 1 passed; 1 failed");
+    1
+}
+
+/// Runs the seeds on every core; returns how many broke a promise.
+fn run(first: u64, seeds: u64, minutes: u64) -> u64 {
+    let started = Instant::now();
+    let next = AtomicU64::new(first);
+    let failed = AtomicU64::new(0);
+    let sum = Mutex::new(Outcome::default());
+    let cores = std::thread::available_parallelism().map_or(2, usize::from).min(8);
+    std::thread::scope(|scope| {
+        for _ in 0..cores {
+            scope.spawn(|| {
+                let mut mine = Outcome::default();
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= first + seeds || failed.load(Ordering::Relaxed) >= 5 {
+                        break;
+                    }
+                    match one(seed, minutes, None, false) {
+                        Ok(outcome) => mine.add(outcome),
+                        Err((check, how)) => {
+                            println!("seed {seed} breaks {check}: {how}");
+                            if failed.fetch_add(1, Ordering::Relaxed) == 0 {
+                                replay(seed, minutes, None, 60);
+                            }
+                        }
+                    }
+                }
+                sum.lock().unwrap().add(mine);
+                kernel::begin(0, false);
+            });
+        }
+    });
+    let sum = *sum.lock().unwrap();
+    println!(
+        "{seeds} seeds of {minutes} virtual minutes in {:.1} s: {:.0} virtual hours, {} turns of \
+         threads, {} faults injected, {} connections made, {} state changes, {} messages received \
+         and {} sent accounted for, {} batches",
+        started.elapsed().as_secs_f64(),
+        sum.virtual_nanos as f64 / 3.6e12,
+        sum.steps,
+        sum.faults,
+        sum.reconnects,
+        sum.transitions,
+        sum.received,
+        sum.outs,
+        sum.batches,
+    );
+    failed.load(Ordering::Relaxed)
+}
+
+impl Outcome {
+    fn add(&mut self, other: Self) {
+        self.virtual_nanos += other.virtual_nanos;
+        self.steps += other.steps;
+        self.faults += other.faults;
+        self.received += other.received;
+        self.reconnects += other.reconnects;
+        self.outs += other.outs;
+        self.batches += other.batches;
+        self.transitions += other.transitions;
+    }
+}
+
+fn find(bug: Bug, seeds: u64, minutes: u64) -> bool {
+    let next = AtomicU64::new(1);
+    let found: Mutex<Option<(u64, &'static str, String)>> = Mutex::new(None);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed > seeds || found.lock().unwrap().is_some() {
+                        break;
+                    }
+                    if let Err((check, how)) = one(seed, minutes, Some(bug), false) {
+                        let mut found = found.lock().unwrap();
+                        if found.as_ref().is_none_or(|(earlier, ..)| seed < *earlier) {
+                            *found = Some((seed, check, how));
+                        }
+                        break;
+                    }
+                }
+                kernel::begin(0, false);
+            });
+        }
+    });
+    match found.into_inner().unwrap() {
+        Some((seed, check, how)) => {
+            println!("planted {bug:?}: found by {check}, seed {seed}: {how}");
+            true
+        }
+        None => {
+            println!("planted {bug:?}: NOT found in {seeds} seeds");
+            false
+        }
+    }
+}
+
+/// Runs one seed with its log, and prints the last lines of it.
+fn replay(seed: u64, minutes: u64, bug: Option<Bug>, last: usize) -> i32 {
+    let result = one(seed, minutes, bug, true);
+    let log = with(|k| std::mem::take(&mut k.log));
+    kernel::begin(0, false);
+    for line in log.iter().skip(log.len().saturating_sub(last)) {
+        println!("{line}");
+    }
+    match result {
+        Ok(outcome) => {
+            println!("seed {seed}: {outcome:?}");
+            0
+        }
+        Err((check, how)) => {
+            println!("seed {seed} breaks {check}: {how}");
+            1
+        }
+    }
+}
+
+fn one(
+    seed: u64,
+    minutes: u64,
+    bug: Option<Bug>,
+    trace: bool,
+) -> Result<Outcome, (&'static str, String)> {
+    kernel::begin(seed, trace);
+    planted::plant(bug);
+    let ran = catch_unwind(AssertUnwindSafe(|| {
+        let mut world = World::new(minutes);
+        world.run();
+        world.outcome()
+    }));
+    planted::plant(None);
+    if let Some(violation) = with(|k| k.violation.take()) {
+        return Err(violation);
+    }
+    ran.map_err(|payload| ("no-panic", crate::threads::panic_text(&*payload)))
+}
+
+/// The session of a world: says where to resume, waits for its welcome.
+#[derive(Default)]
+struct Subscriber {
+    welcome: bool,
+}
+
+impl Session for Subscriber {
+    fn on_open(&mut self, link: &mut Link<'_>) -> Result<(), BoxError> {
+        let id = link.resume().and_then(|resume| resume.id.clone());
+        let id = id.and_then(|raw| String::from_utf8(raw).ok()).and_then(|text| text.parse().ok());
+        let n = id.unwrap_or(0u64) % 1_000_000_000;
+        link.send(format!("resume {n} please"));
+        link.hold();
+        misbehave()
+    }
+
+    fn on_message(&mut self, data: Data<'_>, link: &mut Link<'_>) -> Result<(), BoxError> {
+        if !self.welcome {
+            if data.as_bytes() == b"welcome" {
+                self.welcome = true;
+                link.ready();
+            }
+            return Ok(());
+        }
+        if data.as_bytes().starts_with(b"{\"skip") {
+            return misbehave();
+        }
+        link.emit(data);
+        Ok(())
+    }
+
+    fn heartbeat_interval(&self) -> Option<Duration> {
+        Some(Duration::from_secs(45))
+    }
+
+    fn on_heartbeat(&mut self, link: &mut Link<'_>) -> Result<(), BoxError> {
+        link.send("beat");
+        Ok(())
+    }
+}
+
+fn misbehave() -> Result<(), BoxError> {
+    let kind = with(|k| {
+        let p = if k.sv.healed { 0.0 } else { k.sv.rates.session };
+        if k.chance(p) {
+            k.faults += 1;
+            k.range(1, 4)
+        } else {
+            0
+        }
+    });
+    match kind {
+        1 => Err("planned failure of a session".into()),
+        2 => panic!("planned panic of a session"),
+        3 => {
+            kernel::sleep(Duration::from_millis(400));
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn draw_rates(k: &mut Kernel, setup: &Setup) -> Rates {
+    let some = |k: &mut Kernel, most: f64| if k.chance(0.5) { k.unit() * most } else { 0.0 };
+    let reorder = if k.chance(0.3) { 0.05 } else { 0.0 };
+    Rates {
+        refuse: some(k, 0.4),
+        black_hole: some(k, 0.2),
+        bad_upgrade: some(k, 0.4),
+        dns: some(k, 0.3),
+        tls: some(k, 0.05),
+        hook: some(k, 0.1),
+        session: some(k, 0.02),
+        mishap: Duration::from_secs(k.pick(&[15, 60, 200, 900])),
+        fatal: if k.chance(0.4) { 0.1 } else { 0.0 },
+        duplicate: some(k, 0.2),
+        reorder,
+        skip: some(k, 0.1),
+        message: Duration::from_millis(k.pick(&[600, 2000, 6000, 20_000])),
+        burst: k.pick(&[1, 1, 5, 40]),
+        dribble: k.chance(0.3),
+        big: k.pick(&[0.0, 0.02, 0.2]),
+        slow: k.chance(0.3),
+        overlap: k.pick(&[0, 3, 20]) + if reorder > 0.0 { 4 } else { 0 },
+    }
+}
+
+fn draw_setup(k: &mut Kernel) -> Setup {
+    let secs = |k: &mut Kernel, of: &[u64]| Duration::from_secs(k.pick(of));
+    let overflow = k.pick(&[
+        Overflow::Block,
+        Overflow::Block,
+        Overflow::Block,
+        Overflow::DropOldest,
+        Overflow::DropNewest,
+        Overflow::Disconnect,
+    ]);
+    let queue = k.pick(&[1usize, 8, 64, 1000]);
+    let dedup = k.chance(0.75).then(|| k.pick(&[64, 5000, 1_000_000]));
+    let base = Duration::from_millis(k.pick(&[100, 500, 2000]));
+    Setup {
+        connections: k.pick(&[1, 1, 2, 3]),
+        connect: secs(k, &[3, 10, 30]),
+        ping: if k.chance(0.9) { Some(secs(k, &[5, 20, 60])) } else { None },
+        pong: secs(k, &[5, 20]),
+        idle: if k.chance(0.2) { Some(secs(k, &[120, 300])) } else { None },
+        write: secs(k, &[10, 30]),
+        close: secs(k, &[1, 5]),
+        base,
+        max: base * k.pick(&[1, 8, 60]),
+        jitter: k.pick(&[0, 1, 1, 2]),
+        stable: secs(k, &[5, 10, 60]),
+        retry_after_max: secs(k, &[10, 300]),
+        attempts: if k.chance(0.1) { Some(8) } else { None },
+        reconnects: if k.chance(0.1) { Some(12) } else { None },
+        restarts: k.pick(&[0, 3, 3, 5]),
+        within: secs(k, &[5, 60]),
+        queue,
+        block: (queue / 8).clamp(1, 1024),
+        overflow,
+        dedup,
+        lossless: false,
+        sessions: k.chance(0.7),
+    }
+}
+
+fn identity() -> Identity {
+    Identity::new([7; crate::logic::identity::KEY])
+}
+
+fn tls() -> TlsSource {
+    static TLS: OnceLock<TlsSource> = OnceLock::new();
+    TLS.get_or_init(TlsSource::default).clone()
+}
+
+fn resolver(host: &str, port: u16) -> std::io::Result<Vec<SocketAddr>> {
+    let (wait, fails, two) = with(|k| {
+        let rate = if k.sv.healed { 0.0 } else { k.sv.rates.dns };
+        let slow = k.chance(rate * 0.3);
+        let wait = if slow { k.range(0, 20_000) } else { k.range(1, 50) };
+        (Duration::from_millis(wait), k.chance(rate), k.chance(0.3))
+    });
+    kernel::sleep(wait);
+    if fails {
+        with(|k| k.faults += 1);
+        if kernel::chance(0.1) {
+            panic!("planned panic of a resolver");
+        }
+        return Err(std::io::Error::other("no such host"));
+    }
+    let conn: u8 = host.trim_start_matches("feed").trim_end_matches(".sim").parse().unwrap_or(0);
+    let v4 = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, conn, 1)), port);
+    let v6 = Ipv6Addr::new(0xFD00, 0, 0, 0, 0, 0, u16::from(conn), 1);
+    Ok(if two { vec![SocketAddr::new(IpAddr::V6(v6), port), v4] } else { vec![v4] })
+}
+
+fn hook(attempt: &crate::handler::Attempt) -> Result<Request, BoxError> {
+    let (conn, epoch) = (attempt.connection, attempt.epoch);
+    let (fault, tls, by_name) = with(|k| {
+        let healed = k.sv.healed;
+        let (hook, tls) = (k.sv.rates.hook, k.sv.rates.tls);
+        let fault = !healed && k.chance(hook);
+        k.faults += u64::from(fault);
+        (fault, !healed && k.chance(tls), k.chance(0.5))
+    });
+    if fault && kernel::chance(0.5) {
+        panic!("planned panic of a request hook");
+    }
+    if fault {
+        return Err("planned failure of a request hook".into());
+    }
+    let (scheme, port) = if tls { ("wss", 443) } else { ("ws", 80) };
+    let host = if by_name { format!("feed{conn}.sim") } else { format!("10.0.{conn}.1") };
+    Ok(Request::new(format!("{scheme}://{host}:{port}/feed?e={epoch}")))
+}
+
+impl World {
+    fn new(minutes: u64) -> Self {
+        let end = minutes * 60 * SECOND;
+        let (setup, world) = with(|k| {
+            let mut setup = draw_setup(k);
+            let rates = draw_rates(k, &setup);
+            let redundant = setup.connections > 1 && setup.dedup.is_some() && k.chance(0.5);
+            setup.lossless = setup.sessions
+                && setup.overflow == Overflow::Block
+                && setup.dedup.is_none_or(|capacity| capacity > 100_000);
+            k.sv = Servers {
+                rates,
+                sessions: setup.sessions,
+                redundant,
+                conns: (0..setup.connections).map(|_| Feed::default()).collect(),
+                max_message: 64 * 1024,
+                ..Servers::default()
+            };
+            k.ck = Checks {
+                setup: setup.clone(),
+                conns: (0..setup.connections).map(|_| Conn::default()).collect(),
+                ..Checks::default()
+            };
+            k.failing = if k.chance(0.15) { 0.003 } else { 0.0 };
+            let rates = k.sv.rates.clone();
+            k.note(|| format!("{setup:?} {rates:?}"));
+            (setup, (k.chance(0.5), k.chance(0.3), k.pick(&[5, 50, 300]) * MS, k.range(1, 60)))
+        });
+        let (has_pipeline, by_block, consume_every, consume_most) = world;
+        let (notices, inbox) = bounded(NOTICES);
+        let shared = Arc::new(share(&setup, Spawner::new(notices)));
+        let intensity = Intensity { restarts: setup.restarts, within: setup.within };
+        let own = Arc::clone(&shared);
+        let monitor = kernel::spawn("broadsock-monitor", move || {
+            match Monitor::start(Arc::clone(&own), inbox, intensity) {
+                Ok(monitor) => monitor.run(),
+                Err(error) => with(|k| {
+                    k.note(|| format!("could not start: {error}"));
+                    k.ck.failed = Some((k.now, error));
+                }),
+            }
+            own.end();
+        });
+        let world = Self {
+            pipeline: has_pipeline.then(Pipeline::new),
+            pushed: vec![0; setup.connections],
+            consume_every,
+            consume_most,
+            stall: with(|k| k.pick(&[0.0, 0.001, 0.01])),
+            by_block: by_block && !has_pipeline,
+            end,
+            quiet: false,
+            close_deadline: 0,
+            skipped_ends: false,
+            monitor,
+            shared,
+            setup,
+        };
+        world.schedule();
+        world
+    }
+
+    fn schedule(&self) {
+        let setup = &self.setup;
+        with(|k| {
+            for conn in 0..setup.connections {
+                if conn == 0 || !k.sv.redundant {
+                    k.soon(0, Ev::Feed(conn));
+                }
+                k.soon(SECOND, Ev::Push(conn));
+            }
+            k.soon(0, Ev::Consume);
+            k.at(self.end, Ev::Heal);
+            let longest = setup.ping.unwrap_or_default() + setup.pong + setup.write;
+            let longest = longest + setup.connect * 2 + setup.retry_after_max.mul_f64(1.2);
+            let longest = longest + setup.max.mul_f64(1.2) + setup.idle.unwrap_or_default();
+            let longest = longest + Duration::from_secs(40 + 31 + 60);
+            k.at(self.end + longest.as_nanos() as u64, Ev::Quiet);
+            if k.chance(0.25) {
+                let at = k.range(0, self.end);
+                k.at(at, Ev::Close);
+            }
+        });
+    }
+
+    fn run(&mut self) {
+        loop {
+            if with(|k| k.violation.is_some()) {
+                return;
+            }
+            if let Some(event) = kernel::due() {
+                if matches!(event, Ev::Finished) {
+                    self.finished();
+                    return;
+                }
+                self.handle(event);
+            } else if kernel::run_one() {
+                self.check();
+                if with(|k| k.steps) > 1_000_000 {
+                    with(|k| k.broken("no-hot-loop", || "a million turns".to_owned()));
+                }
+            } else if !kernel::advance() {
+                return;
+            }
+            with(checks::sweep);
+        }
+    }
+
+    fn handle(&mut self, event: Ev) {
+        match event {
+            Ev::Nothing => {}
+            Ev::Connected(sock) => with(|k| server::connected(k, sock)),
+            Ev::ToServer(sock, bytes) => with(|k| server::receive(k, sock, bytes)),
+            Ev::ToClient(sock, arrival) => with(|k| crate::simnet::arrive(k, sock, arrival)),
+            Ev::ClientGone(sock) => with(|k| server::client_gone(k, sock)),
+            Ev::Mishap(sock) => with(|k| server::mishap(k, sock)),
+            Ev::Pump(sock) => with(|k| {
+                if let Some(server) = k.sv.socks.get_mut(&sock) {
+                    server.pumps = false;
+                }
+                server::pump(k, sock);
+            }),
+            Ev::Feed(conn) => with(|k| server::feed(k, conn)),
+            Ev::Redeliver(conn, n) => with(|k| server::redeliver(k, conn, n)),
+            Ev::Flood(sock, left) => with(|k| server::flood(k, sock, left)),
+            Ev::Consume => self.consume(),
+            Ev::PipelineTick(at) => {
+                // An older tick was brought forward: one chain of them is enough.
+                if self.pipeline.as_ref().is_some_and(|pipeline| pipeline.expects(at)) {
+                    self.pipeline_turn();
+                }
+            }
+            Ev::Push(conn) => self.push(conn),
+            Ev::Heal => self.heal(),
+            Ev::Quiet => self.converged(),
+            Ev::Close => self.close(),
+            Ev::Finished => {}
+        }
+    }
+
+    fn check(&mut self) {
+        loop {
+            let Some((at, event)) = with(|k| k.told.pop_front()) else { break };
+            with(|k| checks::on_event(k, at, &event));
+            if matches!(event.kind, EventKind::Failed { .. }) {
+                // A client that failed closes itself within a second.
+                let grace = with(|k| k.now) + SECOND + SLACK;
+                self.end_by(grace);
+            }
+        }
+        let (ledger, dropped) = self.shared.queue.ledger();
+        let taken = with(|k| k.ck.taken);
+        let read: u64 = self.shared.connections.iter().map(|c| c.metrics.messages.get()).sum();
+        let limit = self.setup.queue + self.setup.connections * self.setup.block * (MAX_HELD + 1);
+        with(|k| {
+            if !ledger.balanced() {
+                k.broken("ledger-balanced", || ledger.to_string());
+            }
+            if ledger.received != read && k.ck.failed.is_none() {
+                // What is read in a turn is entered before the turn ends.
+                k.broken("ledger-complete", || format!("{read} read, {ledger}"));
+            }
+            if !self.by_block && ledger.delivered != taken {
+                k.broken("ledger-true", || format!("{taken} taken, {ledger}"));
+            }
+            if ledger.in_flight > limit as u64 {
+                k.broken("queue-bounded", || format!("{limit} at most, {ledger}"));
+            }
+        });
+    }
+
+    fn consume(&mut self) {
+        let over = with(|k| k.ck.ended);
+        let most = with(|k| k.range(1, self.consume_most + 1));
+        for _ in 0..most {
+            if let Some(pipeline) = &self.pipeline
+                && pipeline.room() == 0
+            {
+                break;
+            }
+            if self.by_block {
+                let Ok(block) = self.shared.queue.receiver().try_recv() else { break };
+                block.for_each(|message| self.take(message));
+                continue;
+            }
+            match self.shared.queue.try_recv() {
+                Ok(message) => self.take(message),
+                Err(_) => break,
+            }
+        }
+        self.pipeline_turn();
+        if !over {
+            let wait = with(|k| {
+                let stalls = !k.sv.healed && k.chance(self.stall);
+                if stalls {
+                    k.faults += 1;
+                    k.note(|| "the consumer stalls".to_owned());
+                    k.range(5, 200) * SECOND
+                } else {
+                    let every = self.consume_every;
+                    k.range(every / 2, every * 2)
+                }
+            });
+            with(|k| k.soon(wait, Ev::Consume));
+        }
+    }
+
+    fn take(&mut self, message: Message) {
+        let meta = message.metadata();
+        let text = String::from_utf8_lossy(message.as_bytes()).into_owned();
+        let field = |name: &str| {
+            let rest = text.split(&format!("\"{name}\":")).nth(1)?;
+            rest.split(|c: char| !c.is_ascii_digit()).next()?.parse::<u64>().ok()
+        };
+        let (Some(id), Some(of)) = (field("id"), field("e")) else {
+            if !text.contains("skip") && text != "welcome" {
+                with(|k| k.broken("messages-whole", || text.clone()));
+            }
+            with(|k| k.ck.taken += 1);
+            return;
+        };
+        let (ledger, _) = self.shared.queue.ledger();
+        let taken = checks::Taken {
+            conn: meta.connection,
+            epoch: meta.epoch,
+            sequence: meta.sequence,
+            id,
+            of,
+            accepted: ledger.accepted + ledger.dropped,
+            in_flight: ledger.in_flight + 1,
+        };
+        with(|k| checks::taken(k, &taken));
+        let conn = meta.connection;
+        match &mut self.pipeline {
+            Some(pipeline) => pipeline.accept(message, conn, id),
+            None => {
+                let fails = with(|k| !k.sv.healed && k.chance(0.01));
+                self.settled(if fails {
+                    Settled::Failed(message, conn, id)
+                } else {
+                    Settled::Done(message)
+                });
+            }
+        }
+    }
+
+    fn pipeline_turn(&mut self) {
+        let Some(pipeline) = &mut self.pipeline else { return };
+        let ended = with(|k| k.ck.ended);
+        let settled = pipeline.turn(ended);
+        settled.into_iter().for_each(|one| self.settled(one));
+    }
+
+    fn settled(&mut self, settled: Settled) {
+        match settled {
+            Settled::Done(message) => {
+                if let Some(id) = message.id() {
+                    self.shared.queue.done(id);
+                }
+            }
+            Settled::Failed(message, conn, id) => {
+                let Some(hash) = message.id() else { return };
+                self.shared.queue.forget(hash);
+                with(|k| {
+                    checks::failed_message(k, id);
+                    let wait = k.range(0, 5 * SECOND);
+                    k.soon(wait, Ev::Redeliver(conn, id % 1_000_000_000));
+                });
+            }
+        }
+    }
+
+    fn push(&mut self, conn: usize) {
+        let over = with(|k| k.ck.closing.is_some() || k.ck.failed.is_some() || self.quiet);
+        if over {
+            return;
+        }
+        let some = with(|k| k.pick(&[0, 1, 1, 3, 30]));
+        for _ in 0..some {
+            let number = self.pushed[conn] + 1;
+            let pad = with(|k| k.pick(&[0usize, 0, 10, 200, 3000]));
+            let text = format!("out {number} {}", "y".repeat(pad));
+            match self.shared.connections[conn].inbox.push(Outgoing::text(text)) {
+                Ok(()) => self.pushed[conn] = number,
+                Err(_) => break,
+            }
+        }
+        with(|k| {
+            let wait = k.range(SECOND / 10, 15 * SECOND);
+            k.soon(wait, Ev::Push(conn));
+        });
+    }
+
+    fn heal(&mut self) {
+        with(|k| {
+            k.note(|| "the world heals".to_owned());
+            server::heal(k);
+            k.failing = 0.0;
+        });
+        if let Some(pipeline) = &mut self.pipeline {
+            pipeline.heal();
+        }
+        self.consume_every = 5 * MS;
+        self.consume_most = 200;
+    }
+
+    /// Everything has had the time to be well again.
+    fn converged(&mut self) {
+        if with(|k| k.ck.closing.is_some() || k.ck.failed.is_some()) {
+            return;
+        }
+        if !self.quiet {
+            self.quiet = true;
+            with(|k| {
+                k.sv.conns.iter_mut().for_each(|feed| feed.ended = true);
+                // A redelivery that was lost with its socket is made again.
+                let failed = k.ck.delivered.iter().filter(|(_, (_, failed))| *failed);
+                let mut failed: Vec<u64> = failed.map(|(id, _)| *id).collect();
+                failed.sort_unstable();
+                for id in failed {
+                    let conn = (id / 1_000_000_000) as usize;
+                    k.soon(0, Ev::Redeliver(conn, id % 1_000_000_000));
+                }
+                k.soon(20 * SECOND, Ev::Quiet);
+                for index in 0..k.ck.conns.len() {
+                    let state = k.ck.conns[index].state();
+                    let ping = k.ck.setup.ping;
+                    let cut =
+                        k.ck.setup.overflow == Overflow::Disconnect || k.ck.setup.idle.is_some();
+                    if state != State::Connected && ping.is_some() && !cut {
+                        k.broken("connected-again", || format!("conn {index} is {state}"));
+                    }
+                }
+            });
+            return;
+        }
+        let (ledger, _) = self.shared.queue.ledger();
+        let detects = self.setup.ping.is_some();
+        with(|k| {
+            if ledger.in_flight > 0 {
+                k.broken("backlog-drained", || ledger.to_string());
+            }
+        });
+        if self.setup.lossless && detects {
+            self.nothing_lost();
+        }
+        self.close();
+    }
+
+    fn nothing_lost(&self) {
+        with(|k| {
+            let feeds = if k.sv.redundant { 1 } else { self.setup.connections };
+            for conn in 0..feeds {
+                for n in 1..=k.sv.conns[conn].head {
+                    let id = server::global(k, conn, n);
+                    match k.ck.delivered.get(&id) {
+                        None => k.broken("nothing-lost", || format!("message {id} never came")),
+                        Some((_, true)) if k.ck.setup.dedup.is_some() => {
+                            k.broken("failed-comes-again", || format!("message {id} stays failed"));
+                        }
+                        _ => {}
+                    }
+                }
+            }
+        });
+    }
+
+    fn close(&mut self) {
+        if with(|k| k.ck.closing.is_some() || k.ck.failed.is_some()) {
+            return;
+        }
+        let deadline = with(|k| k.pick(&[10, 100, 1000, 5000, 20_000]) * MS);
+        let at = kernel::instant() + Duration::from_nanos(deadline);
+        with(|k| {
+            k.note(|| format!("the program closes within {} ms", deadline / MS));
+            k.ck.closing = Some(k.now + deadline);
+        });
+        self.shared.connections.iter().for_each(|peer| peer.inbox.refuse());
+        let early = (Duration::from_nanos(deadline) / 10).min(Duration::from_millis(20));
+        self.shared.ask_to_close(at - early);
+        let end = with(|k| k.now) + deadline + 50 * MS;
+        self.end_by(end);
+    }
+
+    fn end_by(&mut self, at: u64) {
+        if self.close_deadline == 0 {
+            self.close_deadline = at;
+            with(|k| k.at(at, Ev::Finished));
+        }
+    }
+
+    /// The client must be over by now.
+    fn finished(&mut self) {
+        let alive: Vec<String> =
+            kernel::alive().into_iter().filter(|name| !name.contains("dns")).collect();
+        // A hook that sleeps can hold a thread past a short deadline: it is told.
+        let told = self.shared.ending().stuck.clone();
+        let hooks = with(|k| k.sv.rates.session > 0.0) && self.setup.sessions;
+        if !alive.is_empty() && !hooks {
+            with(|k| k.broken("close-in-time", || format!("{alive:?} still run, told {told:?}")));
+        }
+        with(|k| k.ck.ended = true);
+        for _ in 0..5000 {
+            let before = with(|k| k.ck.taken);
+            self.consume();
+            if let Some(pipeline) = &mut self.pipeline {
+                with(|k| k.now += 100 * MS);
+                pipeline.heal();
+            }
+            let left = self.pipeline.as_ref().map_or(0, Pipeline::in_flight);
+            if with(|k| k.ck.taken) == before && left == 0 {
+                break;
+            }
+            if with(|k| k.violation.is_some()) {
+                return;
+            }
+        }
+        self.check();
+        let (ledger, _) = self.shared.queue.ledger();
+        let left = self.pipeline.as_ref().map_or(0, Pipeline::in_flight);
+        with(|k| {
+            if alive.is_empty() && (ledger.in_flight > 0 || left > 0) {
+                k.broken("ends-empty", || format!("{left} in the pipeline, {ledger}"));
+            }
+            if alive.is_empty() {
+                let open = k.net.socks.iter().filter(|sock| sock.life != Life::Released).count();
+                if open > 0 {
+                    k.broken("sockets-released", || format!("{open} are open at the end"));
+                }
+            }
+            for (index, state) in self.shared.states.all().into_iter().enumerate() {
+                if !state.is_final() && alive.is_empty() {
+                    k.broken("states-final", || format!("conn {index} is {state}"));
+                }
+            }
+        });
+        if alive.is_empty() {
+            self.account_for_outs();
+        }
+    }
+
+    /// What programs gave to send was sent, was lost with a socket, or came back.
+    fn account_for_outs(&self) {
+        // What is on its way arrives.
+        while let Some(event) = kernel::next_event() {
+            match event {
+                Ev::ToServer(sock, bytes) => with(|k| server::receive(k, sock, bytes)),
+                Ev::ClientGone(sock) => with(|k| server::client_gone(k, sock)),
+                _ => {}
+            }
+        }
+        let unsent = self.shared.ending().unsent.clone();
+        let came_back = unsent.iter().filter_map(Outgoing::as_text);
+        let back = came_back.filter(|text| text.starts_with("out ")).count() as u64;
+        with(|k| {
+            let pushed: u64 = self.pushed.iter().sum();
+            let left: u64 = k.ck.conns.iter().map(|conn| conn.outs.len() as u64).sum();
+            if pushed != left + back {
+                k.broken("outgoing-accounted-for", || {
+                    format!("{pushed} pushed, {left} left, {back} came back")
+                });
+            }
+        });
+    }
+
+    fn outcome(&self) -> Outcome {
+        let (ledger, _) = self.shared.queue.ledger();
+        with(|k| Outcome {
+            virtual_nanos: k.now.min(self.end + 600 * SECOND),
+            steps: k.steps,
+            faults: k.faults,
+            received: ledger.received,
+            reconnects: k.ck.reconnects,
+            outs: self.pushed.iter().sum(),
+            batches: self.pipeline.as_ref().map_or(0, |pipeline| pipeline.batched),
+            transitions: k.ck.transitions,
+        })
+    }
+}
+
+fn share(setup: &Setup, spawner: Spawner) -> Shared {
+    let inboxes: Vec<Arc<Inbox>> =
+        (0..setup.connections).map(|_| Arc::new(Inbox::new(40))).collect();
+    let dedup = setup.dedup.map(|capacity| Dedup::new(capacity as usize, None));
+    let limits = QueuePolicy { messages: setup.queue, bytes: 1 << 20, overflow: setup.overflow };
+    let queue = Queue::new(limits, dedup, inboxes.clone());
+    let jitter = match setup.jitter {
+        0 => Jitter::None,
+        1 => Jitter::Equal,
+        _ => Jitter::Full,
+    };
+    let source = if setup.dedup.is_some() || setup.sessions {
+        IdSource::Pointer(Pointer::parse("/id").expect("a pointer"))
+    } else {
+        IdSource::Off
+    };
+    let sessions = setup.sessions;
+    let policy = ConnectionPolicy {
+        dial: DialPolicy { connect_timeout: setup.connect, redirect_limit: 3, tls: tls() },
+        limits: Limits { read_buffer: 4096, max_message: 64 * 1024 },
+        retry: RetryPolicy {
+            backoff: Backoff::exponential(setup.base, setup.max).with_jitter(jitter),
+            stable_after: setup.stable,
+            retry_after_max: setup.retry_after_max,
+            max_attempts: setup.attempts,
+            max_reconnect_attempts: setup.reconnects,
+        },
+        heartbeat: Heartbeat {
+            ping_interval: setup.ping,
+            pong_timeout: setup.pong,
+            idle_timeout: setup.idle,
+            write_timeout: setup.write,
+        },
+        ids: Ids { source, identity: identity() },
+        block_messages: limits.block_messages(),
+        session: sessions.then(|| {
+            Arc::new(|| Box::new(Subscriber::default()) as Box<dyn Session>)
+                as crate::threads::connection::SessionFactory
+        }),
+        openings: Arc::new([]),
+        classifier: None,
+        resolver: Arc::new(resolver),
+        close_timeout: setup.close,
+    };
+    let connections = inboxes
+        .into_iter()
+        .map(|inbox| Peer {
+            endpoint: Endpoint::Hook(Arc::new(hook)),
+            inbox,
+            metrics: ConnectionMetrics::default(),
+            resume: Mutex::default(),
+        })
+        .collect::<Vec<_>>();
+    let observer: crate::threads::events::Observer<crate::event::Event> = Arc::new(|event| {
+        with(|k| {
+            let at = k.now;
+            k.told.push_back((at, event.clone()));
+        });
+    });
+    Shared {
+        clock: Clock::real(),
+        policy,
+        queue,
+        hub: Hub::new(Some(observer)),
+        timer: Timer::new(),
+        spawner,
+        states: States::new(connections.len()),
+        connections,
+        restarts: Counter::default(),
+        ending: Mutex::default(),
+        close_by: Mutex::default(),
+    }
+}
