@@ -909,8 +909,14 @@ impl World {
 }
 
 fn share(setup: &Setup, spawner: Spawner) -> Shared {
-    let inboxes: Vec<Arc<Inbox>> =
-        (0..setup.connections).map(|_| Arc::new(Inbox::new(40))).collect();
+    let inboxes: Vec<Arc<Inbox>> = (0..setup.connections)
+        .map(|_| {
+            Arc::new(Inbox::new(crate::threads::inbox::OutboxLimits {
+                messages: 40,
+                bytes: 1 << 20,
+            }))
+        })
+        .collect();
     let dedup = setup.dedup.map(|capacity| Dedup::new(capacity as usize, None));
     let limits = QueuePolicy { messages: setup.queue, bytes: 1 << 20, overflow: setup.overflow };
     let queue = Queue::new(limits, dedup, inboxes.clone());
