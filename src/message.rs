@@ -1,6 +1,7 @@
 //! What arrives: [`Message`], a light handle into a [`Block`] of messages.
 
 use std::fmt;
+use std::num::NonZeroU128;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -46,7 +47,7 @@ pub struct Block {
 /// its content. The key is drawn at random for each process, so ids cannot be
 /// compared across processes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct MessageId(u128);
+pub struct MessageId(NonZeroU128);
 
 /// Where and when a message was received.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -306,14 +307,15 @@ impl fmt::Debug for Block {
 }
 
 impl MessageId {
+    /// Of a hash; nothing can tell 0 from 1, which is as likely as any accident.
     pub(crate) fn new(hash: u128) -> Self {
-        Self(hash)
+        Self(NonZeroU128::new(hash).unwrap_or(NonZeroU128::MIN))
     }
 
     /// The id as a number.
     #[must_use]
     pub fn to_u128(self) -> u128 {
-        self.0
+        self.0.get()
     }
 }
 
@@ -401,12 +403,28 @@ impl BlockBuilder {
         }
     }
 
+    /// Bytes of the texts copied together.
+    pub(crate) fn text_bytes(&self) -> usize {
+        self.data.text.len()
+    }
+
+    /// Makes room for about as much as the last block had.
+    pub(crate) fn reserve(&mut self, messages: usize, bytes: usize) {
+        self.data.entries.reserve(messages);
+        self.data.text.reserve(bytes);
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.data.entries.len()
     }
 
     pub(crate) fn bytes(&self) -> usize {
         self.data.bytes()
+    }
+
+    /// The ids of its messages.
+    pub(crate) fn ids(&self) -> impl Iterator<Item = MessageId> + '_ {
+        self.data.ids.iter().filter_map(|id| *id)
     }
 
     /// Takes a message. Sequences grow within a block.

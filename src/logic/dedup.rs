@@ -1,6 +1,7 @@
 //! The window of message ids that were seen.
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasherDefault, Hash, Hasher};
 use std::time::{Duration, Instant};
 
 use crate::error::Error;
@@ -37,7 +38,7 @@ pub(crate) struct Dedup {
     /// When each id was accepted, in nanoseconds; kept with a time to live only.
     times: Vec<[u64; WAYS]>,
     /// Ids that found their lines full, with their acceptances, and their order.
-    spill: HashMap<Key, Spilled>,
+    spill: HashMap<Key, Spilled, BuildHasherDefault<AsItIs>>,
     spill_order: VecDeque<(u64, Key)>,
     /// Slots in use.
     used: usize,
@@ -68,8 +69,11 @@ const FIRST_LINES: usize = 16;
 /// before they repeat.
 const LARGEST: usize = 1 << 28;
 
-/// Set in the first `high` of a line from which ids have spilled.
-const HAS_SPILLED: u32 = 1 << 31;
+/// The top bit of each `high`: together, how many ids of the line have spilled.
+const SPILLED: u32 = 1 << 31;
+
+/// As many as those bits can tell; then, some.
+const MANY_SPILLED: u32 = (1 << WAYS) - 1;
 
 /// One cache line.
 #[derive(Debug, Clone, Copy, Default)]
@@ -84,7 +88,7 @@ struct Line {
 }
 
 /// What is kept of an id.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Key {
     low: u64,
     high: u32,
@@ -126,7 +130,7 @@ impl Dedup {
             most_lines: capacity.div_ceil(2).next_power_of_two(),
             lines: Vec::new(),
             times: Vec::new(),
-            spill: HashMap::new(),
+            spill: HashMap::default(),
             spill_order: VecDeque::new(),
             used: 0,
             hand: 0,
@@ -172,6 +176,15 @@ impl Dedup {
         true
     }
 
+    /// Asks the memory for the lines of ids that [`accept`](Self::accept) will be
+    /// asked about: the waits for them overlap, as those of single look-ups
+    /// would not.
+    pub(crate) fn touch(&self, ids: impl Iterator<Item = u128>) {
+        let Some(mask) = self.lines.len().checked_sub(1) else { return };
+        let marks = ids.map(|id| self.lines[Key::of(id).high as usize & mask].marks[0]);
+        std::hint::black_box(marks.fold(0, |all, mark| all ^ mark));
+    }
+
     /// The message was processed to success. Without effect on an id that is
     /// not remembered.
     pub(crate) fn done(&mut self, id: u128) {
@@ -194,7 +207,7 @@ impl Dedup {
         let place = self.find(key);
         match place {
             Some(Place::Line { line, way }) => self.clear(line, way),
-            Some(Place::Spill) => _ = self.spill.remove(&key),
+            Some(Place::Spill) => self.unspill(key),
             None => {}
         }
         place.is_some()
@@ -264,7 +277,7 @@ impl Dedup {
         for way in 0..WAYS {
             let mark = line.marks[way];
             let equal = (line.keys[way] == key.low)
-                & (line.highs[way] & !HAS_SPILLED == key.high)
+                & (line.highs[way] & !SPILLED == key.high)
                 & (mark != 0);
             same |= u32::from(equal) << way;
             live |= u32::from((mark != 0) & horizon.counts(mark >> 1)) << way;
@@ -283,7 +296,7 @@ impl Dedup {
         let remembered =
             self.spill.contains_key(&key) && horizon.holds(self.mark_of(Place::Spill, key));
         if !remembered {
-            self.spill.remove(&key);
+            self.unspill(key);
         }
         remembered
     }
@@ -298,7 +311,7 @@ impl Dedup {
         let slot = &mut self.lines[line];
         self.used += usize::from(slot.marks[way] == 0);
         slot.keys[way] = key.low;
-        slot.highs[way] = key.high | slot.highs[way] & HAS_SPILLED;
+        slot.highs[way] = key.high | slot.highs[way] & SPILLED;
         slot.marks[way] = horizon.accepted as u32 & NUMBERS;
         slot.marks[way] <<= 1;
         if let Some(times) = self.times.get_mut(line) {
@@ -308,10 +321,19 @@ impl Dedup {
 
     #[cold]
     fn put_in_spill(&mut self, line: usize, key: Key, horizon: Horizon) {
-        self.lines[line].highs[0] |= HAS_SPILLED;
+        self.lines[line].spill();
         let number = horizon.accepted;
         self.spill.insert(key, Spilled { number, at: horizon.now, done: false });
         self.spill_order.push_back((number, key));
+    }
+
+    #[cold]
+    fn unspill(&mut self, key: Key) {
+        if self.spill.remove(&key).is_some()
+            && let Some(line) = self.line_of(key)
+        {
+            self.lines[line].unspill();
+        }
     }
 
     fn clear(&mut self, line: usize, way: usize) {
@@ -332,7 +354,7 @@ impl Dedup {
             *mark &= u32::from(outdated).wrapping_sub(1);
         }
         if self.spill.is_empty() {
-            line.highs[0] &= !HAS_SPILLED;
+            line.set_spilled(0);
         }
         if !self.spill_order.is_empty() {
             self.sweep_spill(horizon);
@@ -346,7 +368,7 @@ impl Dedup {
         {
             self.spill_order.pop_front();
             if self.spill.get(&key).is_some_and(|spilled| spilled.number == number) {
-                self.spill.remove(&key);
+                self.unspill(key);
             }
         }
     }
@@ -366,7 +388,7 @@ impl Dedup {
             }
         }
         for key in self.spill.keys() {
-            self.lines[key.high as usize & (count - 1)].highs[0] |= HAS_SPILLED;
+            self.lines[key.high as usize & (count - 1)].spill();
         }
     }
 
@@ -377,7 +399,7 @@ impl Dedup {
         let Some(way) = (0..WAYS).find(|way| self.lines[line].marks[*way] == 0) else { return };
         let slot = &mut self.lines[line];
         slot.keys[way] = key.low;
-        slot.highs[way] = key.high | slot.highs[way] & HAS_SPILLED;
+        slot.highs[way] = key.high | slot.highs[way] & SPILLED;
         slot.marks[way] = mark;
         self.used += 1;
         if let Some(times) = self.times.get_mut(line) {
@@ -431,7 +453,7 @@ impl Horizon {
 
 impl Key {
     fn of(id: u128) -> Self {
-        Self { low: id as u64, high: (id >> 64) as u32 & !HAS_SPILLED }
+        Self { low: id as u64, high: (id >> 64) as u32 & !SPILLED }
     }
 }
 
@@ -444,11 +466,59 @@ impl Line {
     }
 
     fn key(&self, way: usize) -> Key {
-        Key { low: self.keys[way], high: self.highs[way] & !HAS_SPILLED }
+        Key { low: self.keys[way], high: self.highs[way] & !SPILLED }
     }
 
+    #[inline]
     fn has_spilled(&self) -> bool {
-        self.highs[0] & HAS_SPILLED != 0
+        self.highs.iter().fold(0, |all, high| all | high) & SPILLED != 0
+    }
+
+    fn spilled(&self) -> u32 {
+        let bits = self.highs.iter().enumerate();
+        bits.map(|(way, high)| (high & SPILLED) >> 31 << way).sum()
+    }
+
+    fn set_spilled(&mut self, count: u32) {
+        for (way, high) in self.highs.iter_mut().enumerate() {
+            *high = *high & !SPILLED | (count >> way & 1) << 31;
+        }
+    }
+
+    fn spill(&mut self) {
+        self.set_spilled((self.spilled() + 1).min(MANY_SPILLED));
+    }
+
+    /// One of the line's ids has left the spill. After many, nobody knows how
+    /// many are left; the next sweep with an empty spill does.
+    fn unspill(&mut self) {
+        match self.spilled() {
+            0 | MANY_SPILLED => {}
+            count => self.set_spilled(count - 1),
+        }
+    }
+}
+
+impl Hash for Key {
+    /// It is a keyed hash already.
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.low);
+    }
+}
+
+/// The hasher of what is a hash already.
+#[derive(Debug, Clone, Copy, Default)]
+struct AsItIs(u64);
+
+impl Hasher for AsItIs {
+    fn write(&mut self, _: &[u8]) {}
+
+    fn write_u64(&mut self, hash: u64) {
+        self.0 = hash;
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
     }
 }
 

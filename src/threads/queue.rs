@@ -137,6 +137,7 @@ impl Queue {
         let mut intake = self.intake();
         let all = block.len();
         if let Some(dedup) = &mut intake.dedup {
+            dedup.touch(block.ids().map(MessageId::to_u128));
             let mut without = 0;
             block.retain(|id| match id {
                 Some(id) => dedup.accept(id.to_u128(), now),

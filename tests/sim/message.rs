@@ -14,6 +14,14 @@ impl BlockBuilder {
         Self(real::BlockBuilder::new(connection, epoch, at))
     }
 
+    pub(crate) fn reserve(&mut self, messages: usize, bytes: usize) {
+        self.0.reserve(messages, bytes);
+    }
+
+    pub(crate) fn text_bytes(&self) -> usize {
+        self.0.text_bytes()
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.0.len()
     }
@@ -25,6 +33,10 @@ impl BlockBuilder {
     pub(crate) fn push(&mut self, payload: Payload<'_>, sequence: u64, id: Option<MessageId>) {
         let wrong = planted(Bug::WrongOrder) && sequence % 50 == 0;
         self.0.push(payload, if wrong { sequence + 5 } else { sequence }, id);
+    }
+
+    pub(crate) fn ids(&self) -> impl Iterator<Item = MessageId> + '_ {
+        self.0.ids()
     }
 
     pub(crate) fn retain(&mut self, fresh: impl FnMut(Option<MessageId>) -> bool) {

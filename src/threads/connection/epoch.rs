@@ -61,6 +61,9 @@ pub(super) struct Epoch<'c> {
     opening: Option<Instant>,
     /// Messages of the session, which go before those of the outbox.
     backlog: VecDeque<Outgoing>,
+    /// Messages and bytes of the last block, if it was full: the next one will
+    /// probably be like it.
+    last_block: (usize, usize),
     /// Whether the socket, or a buffer above it, may hold more.
     more: bool,
     /// Whether the reader is stopped because the queue is full.
@@ -125,6 +128,7 @@ impl<'c> Epoch<'c> {
             resume,
             opening: Some(deadline),
             backlog,
+            last_block: (0, 0),
             // The first frames may have come with the upgrade's answer.
             more: true,
             blocked,

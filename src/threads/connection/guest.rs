@@ -137,6 +137,7 @@ impl Gather<'_> {
     pub(super) fn take(&mut self, payload: Payload<'_>) {
         let id = match self.ids.source {
             IdSource::Off => None,
+            IdSource::Content => Some(self.ids.content(payload.data())),
             _ => self.find(payload.data()),
         };
         self.push(payload, id);

@@ -81,7 +81,9 @@ impl Ids {
         Found { id, panic }
     }
 
-    fn content(&self, data: Data<'_>) -> MessageId {
+    /// The identity of a message that is its own id.
+    #[inline]
+    pub(crate) fn content(&self, data: Data<'_>) -> MessageId {
         match data {
             Data::Text(text) => self.identity.of(TEXT, text.as_bytes()),
             Data::Binary(bytes) => self.identity.of(BINARY, bytes),

@@ -23,6 +23,10 @@ impl Dedup {
         fresh || planted(Bug::DuplicateAccepted) && id % 64 == 7
     }
 
+    pub(crate) fn touch(&self, ids: impl Iterator<Item = u128>) {
+        self.0.touch(ids);
+    }
+
     pub(crate) fn done(&mut self, id: u128) {
         self.0.done(id);
     }

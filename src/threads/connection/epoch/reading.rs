@@ -34,6 +34,7 @@ impl Epoch<'_> {
         let policy = &shared.policy;
         let mut gather =
             gather(&policy.ids, self.connection.index, self.number, self.sequence, now);
+        gather.block.reserve(self.last_block.0, self.last_block.1);
         let (mut skipped, mut messages, mut frames) = (0, 0, 0);
         let mut end = Ok(());
         // Control frames count too: a flood of them must end as well.
@@ -56,6 +57,9 @@ impl Epoch<'_> {
                 Err(error) => Err(error.into()),
             };
         }
+        let full = self.more && gather.block.len() >= LOOK;
+        self.last_block =
+            if full { (gather.block.len(), gather.block.text_bytes()) } else { (0, 0) };
         self.note_reading(messages, frames > 0, now);
         self.hand_over(gather, skipped).and(end)
     }
