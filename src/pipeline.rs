@@ -215,10 +215,12 @@ impl Pipeline {
         let margin = (deadline / 2).min(Duration::from_millis(400));
         let before = |part| at.checked_sub(part).unwrap_or(at);
         self.control.close(before(margin), before(margin / 4));
-        if !self.control.is_own_thread()
-            && self.ended.recv_deadline(at) == Err(RecvTimeoutError::Disconnected)
-        {
-            self.join_supervisor();
+        if !self.control.is_own_thread() {
+            match self.ended.recv_deadline(at) {
+                Err(RecvTimeoutError::Disconnected) => self.join_supervisor(),
+                // Whatever keeps the monitor: the report is final.
+                _ => self.control.end(),
+            }
         }
         self.report()
     }
@@ -716,6 +718,7 @@ trait Control: Send + Sync {
     fn pause(&self, pause: bool);
     fn drain(&self);
     fn close(&self, work: Instant, end: Instant);
+    fn end(&self);
     fn halt(&self);
     fn is_own_thread(&self) -> bool;
     fn ledger(&self) -> PipelineLedger;
@@ -749,6 +752,11 @@ impl<H: Handler> Control for Flow<H> {
         // Not by a blocking send, which a handler must not wait for: the drain
         // posts a tick, and a full channel makes the monitor look all the same.
         self.drain();
+    }
+
+    fn end(&self) {
+        self.enter(Phase::Stopped);
+        self.give_back();
     }
 
     fn halt(&self) {

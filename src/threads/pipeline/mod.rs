@@ -433,21 +433,25 @@ impl<H: Handler> Flow<H> {
         Some(now.saturating_duration_since(at))
     }
 
-    /// Ends the pipeline: whatever is not settled is returned.
-    pub(crate) fn give_back(&self) -> Vec<Message> {
-        let returned = {
+    /// Ends the books: whatever is not settled is returned.
+    pub(crate) fn give_back(&self) {
+        {
             let mut state = lock(&self.state);
             state.phase = Phase::Ended;
-            state.register.close()
-        };
+            let returned = state.register.close();
+            state.ending.returned.extend(returned);
+        }
         self.changed.notify_all();
+    }
+
+    /// Drops what waits in queues, when it has been returned.
+    pub(crate) fn clear(&self) {
         for lane in &self.lanes {
             lane.receiver.try_iter().for_each(drop);
             lane.queued.clear();
             lock(&lane.retries).clear();
         }
         self.batchers.values().for_each(|batcher| batcher.clear(self));
-        returned
     }
 
     /// `count` messages have left the processors' part for good. When the last

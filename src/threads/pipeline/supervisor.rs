@@ -295,12 +295,11 @@ impl<H: Handler> Supervisor<H> {
         self.settle_rest();
         self.wait_for_threads(end);
         let stuck = self.join();
-        let returned = self.flow.give_back();
-        self.flow.emit(PipelineEvent::Ended { returned: returned.len(), stuck: stuck.clone() });
-        self.flow.update_ending(|ending| {
-            ending.stuck = stuck;
-            ending.returned = returned;
-        });
+        self.flow.update_ending(|ending| ending.stuck.clone_from(&stuck));
+        self.flow.give_back();
+        let returned = self.flow.ending().returned.len();
+        self.flow.emit(PipelineEvent::Ended { returned, stuck });
+        self.flow.clear();
         self.flow.hub.close();
     }
 
