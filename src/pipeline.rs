@@ -100,11 +100,13 @@ pub struct Batching<T> {
 pub struct PipelineReport {
     /// The ledger at the end.
     pub ledger: PipelineLedger,
-    /// Messages that were not settled by the deadline.
+    /// Messages that were not settled by the deadline, in the order in which they
+    /// were accepted. One that an acknowledger was being told of at that moment is
+    /// among them.
     pub returned: Vec<Message>,
     /// Threads that still ran at the deadline, by name.
     pub stuck: Vec<String>,
-    /// Why the pipeline failed, if it did.
+    /// Why the pipeline failed, or a source of it, if one did.
     pub error: Option<Error>,
     /// The report of each source that has one, such as a client, in order.
     pub sources: Vec<Option<Report>>,
@@ -133,6 +135,8 @@ pub struct PipelineSnapshot {
     /// Time from receipt to settlement of the messages that succeeded:
     /// `latency[n]` counts those below 2^n microseconds and above the one before.
     pub latency: Vec<u64>,
+    /// The sum of these times, each counted up to an hour.
+    pub latency_sum: Duration,
 }
 
 /// What one stage counts.
@@ -248,7 +252,8 @@ impl Pipeline {
         self.control.snapshot()
     }
 
-    /// Why the pipeline failed; `None` while it has not.
+    /// Why the pipeline, or a source of it, failed; `None` while none has. A
+    /// source that panics has ended; the others go on.
     #[must_use]
     pub fn error(&self) -> Option<Error> {
         self.control.ending().error
@@ -433,7 +438,8 @@ impl<H: Handler> PipelineBuilder<H> {
     }
 
     /// Limits how fast messages are handed to processors, over all sources,
-    /// also while draining. Defaults to no limit.
+    /// also while draining. A message counts when it enters the queue of the
+    /// processors, and once, however often it is tried. Defaults to no limit.
     pub fn rate_limit(mut self, limit: RateLimit) -> Self {
         self.rate_limit = Some(limit);
         self
@@ -811,6 +817,7 @@ impl<H: Handler> Control for Flow<H> {
             acknowledged: self.counters.acknowledged.get(),
             acknowledge_failures: self.counters.acknowledge_failures.get(),
             latency: self.counters.latency.counts().to_vec(),
+            latency_sum: self.counters.latency.sum(),
         }
     }
 

@@ -20,6 +20,8 @@ pub(crate) struct WorkerStats {
 #[derive(Debug)]
 pub(crate) struct Histogram {
     buckets: [Counter; Self::BUCKETS],
+    /// Microseconds in all.
+    sum: Counter,
 }
 
 impl Histogram {
@@ -28,8 +30,13 @@ impl Histogram {
 
     pub(crate) fn record(&self, took: Duration) {
         let micros = took.as_micros().min(u128::from(u32::MAX)) as u64;
+        self.sum.add(micros);
         let bucket = (u64::BITS - micros.leading_zeros()) as usize;
         self.buckets[bucket.min(Self::BUCKETS - 1)].add(1);
+    }
+
+    pub(crate) fn sum(&self) -> Duration {
+        Duration::from_micros(self.sum.get())
     }
 
     pub(crate) fn counts(&self) -> [u64; Self::BUCKETS] {
@@ -39,7 +46,7 @@ impl Histogram {
 
 impl Default for Histogram {
     fn default() -> Self {
-        Self { buckets: std::array::from_fn(|_| Counter::new()) }
+        Self { buckets: std::array::from_fn(|_| Counter::new()), sum: Counter::new() }
     }
 }
 
