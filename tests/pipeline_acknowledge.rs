@@ -53,7 +53,7 @@ fn several_messages_are_acknowledged_at_once() {
 fn each_source_hears_of_its_own_messages_once_and_in_order() {
     let told: Vec<TestAcknowledger> = (0..3).map(|_| TestAcknowledger::new()).collect();
     let mut builder = Pipeline::builder(Hands::new(|message| {
-        if number(message) % 5 == 0 { Err("a five".into()) } else { to_batch(message) }
+        if number(message).is_multiple_of(5) { Err("a five".into()) } else { to_batch(message) }
     }))
     .processors(1)
     .chunk(7)

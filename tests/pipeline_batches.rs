@@ -254,7 +254,7 @@ fn a_whole_batch_that_fails_is_tried_as_often_as_the_policy_says() {
 #[test]
 fn items_go_to_the_batcher_that_the_handler_names() {
     let hands = Hands::new(|message| {
-        let name = if number(message) % 2 == 0 { "even" } else { "odd" };
+        let name = if number(message).is_multiple_of(2) { "even" } else { "odd" };
         Ok(Next::to(name, message.to_string()))
     });
     let batches = hands.batches.clone();

@@ -52,7 +52,7 @@ fn the_ledger_balances_at_every_instant_during_faults_and_at_the_end() {
             _ => Ok(()),
         }
     })
-    .failed(|failed| assert!(failed.len() % 3 != 0, "asked to panic"));
+    .failed(|failed| assert!(!failed.len().is_multiple_of(3), "asked to panic"));
     let mut builder = Pipeline::builder(hands)
         .processors(3)
         .chunk(5)

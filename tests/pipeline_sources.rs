@@ -85,7 +85,7 @@ impl Source for Own {
         if self.next == 10 {
             return Pull::Ended;
         }
-        if self.asked.len() % 2 == 0 {
+        if self.asked.len().is_multiple_of(2) {
             return Pull::Messages(Vec::new());
         }
         let count = most.min(2).min(10 - self.next as usize);

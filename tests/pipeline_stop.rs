@@ -13,7 +13,7 @@ use broadsock::crossbeam_channel::bounded;
 use broadsock::testing::{self, TestAcknowledger};
 use broadsock::{
     Acknowledger, Backoff, Batching, BoxError, Failed, Message, Next, Pipeline, PipelineEvent,
-    Pull, Source, Stop, Succeeded, sources,
+    Succeeded, sources,
 };
 
 fn fine(_: &Message) -> Result<(), String> {
@@ -183,7 +183,7 @@ fn an_earlier_deadline_given_later_counts() {
         .unwrap(),
     );
     gate.entered.wait(1);
-    let patient = std::thread::spawn({
+    let patient = spawn({
         let pipeline = Arc::clone(&pipeline);
         move || pipeline.stop(LONG * 10)
     });
@@ -211,7 +211,7 @@ fn under_load(deadline: std::time::Duration) {
     .start()
     .unwrap();
     let ended = Arc::new(AtomicBool::new(false));
-    let feeder = std::thread::spawn({
+    let feeder = spawn({
         let ended = Arc::clone(&ended);
         move || {
             (0..u64::MAX)
@@ -253,32 +253,6 @@ fn a_graceful_stop_under_load_processes_every_accepted_message() {
 #[test]
 fn a_stop_without_time_returns_every_accepted_message_that_is_not_settled() {
     (0..20).for_each(|n| under_load(ms(n % 4)));
-}
-
-#[test]
-fn what_channels_and_endless_iterators_give_after_the_stop_is_not_waited_for() {
-    let (sender, receiver) = bounded::<String>(8);
-    let stopped = Arc::new(AtomicBool::new(false));
-    let feeder = std::thread::spawn({
-        let stopped = Arc::clone(&stopped);
-        move || {
-            while !stopped.load(SeqCst) {
-                let _ = sender.send_timeout("a".to_owned(), ms(10));
-            }
-        }
-    });
-    let pipeline = Pipeline::each(fine)
-        .source(sources::channel(receiver))
-        .source(sources::iter(std::iter::repeat("endless")))
-        .max_in_flight(100)
-        .start()
-        .unwrap();
-    eventually("work", || pipeline.metrics().ledger.succeeded > 1000);
-    let report = pipeline.stop(LONG);
-    stopped.store(true, SeqCst);
-    feeder.join().unwrap();
-    all_well(&report);
-    assert_eq!(report.ledger.returned, 0);
 }
 
 #[test]
@@ -417,143 +391,4 @@ fn a_handler_may_drop_the_last_handle_of_its_own_pipeline() {
     feed.test_message("a");
     dropped.wait(1);
     eventually("the end of all threads", || weak.upgrade().is_none());
-}
-
-/// Says when it is being asked.
-struct Paced(Arc<Mutex<bool>>, Box<dyn Source>);
-
-impl Source for Paced {
-    fn pull(&mut self, most: usize, stop: &Stop) -> Pull {
-        *lock(&self.0) = true;
-        let pulled = self.1.pull(most, stop);
-        *lock(&self.0) = false;
-        pulled
-    }
-
-    fn close(&mut self, deadline: std::time::Duration) -> Option<broadsock::Report> {
-        self.1.close(deadline)
-    }
-}
-
-#[test]
-fn a_paused_pipeline_takes_in_nothing_but_processes_what_it_has() {
-    let gate = Gate::new();
-    let held = gate.clone();
-    let asked = Arc::default();
-    let (source, feed) = testing::source();
-    let acknowledger = TestAcknowledger::new();
-    let pipeline = Pipeline::each(move |_: &Message| {
-        held.enter();
-        Ok::<(), String>(())
-    })
-    .source_with(Paced(Arc::clone(&asked), Box::new(source)), acknowledger.clone())
-    .start()
-    .unwrap();
-    feed.test_message("a");
-    gate.entered.wait(1);
-    pipeline.pause();
-    eventually("the end of the pull", || !*lock(&asked));
-    feed.test_batch(["b", "c"]);
-    gate.open();
-    assert!(acknowledger.wait_succeeded(1, LONG));
-    pass(ms(20));
-    assert_eq!(pipeline.metrics().ledger.accepted, 1);
-    pipeline.resume();
-    assert!(acknowledger.wait_succeeded(3, LONG));
-    all_well(&pipeline.stop(LONG));
-}
-
-#[test]
-fn a_paused_pipeline_can_be_drained_and_stopped() {
-    for drain in [true, false] {
-        let (source, feed) = testing::source();
-        let pipeline = Pipeline::each(fine).source(source).start().unwrap();
-        pipeline.pause();
-        feed.test_batch(numbers(3));
-        let report = if drain {
-            pipeline.drain();
-            pipeline.join()
-        } else {
-            pipeline.stop(LONG)
-        };
-        all_well(&report);
-        // What its sources had is processed, paused or not.
-        assert_eq!(report.ledger.succeeded, 3);
-        pipeline.resume();
-        assert!(pipeline.has_ended());
-    }
-}
-
-#[test]
-fn a_source_is_closed_at_once_when_there_is_no_room_for_its_messages() {
-    let gate = Gate::new();
-    let held = gate.clone();
-    let closed = Noted::default();
-    let pipeline = Pipeline::each(move |_: &Message| {
-        held.enter();
-        Ok::<(), String>(())
-    })
-    .source(Closes(closed.clone()))
-    .processors(1)
-    .max_in_flight(2)
-    .start()
-    .unwrap();
-    gate.entered.wait(1);
-    eventually("no room", || pipeline.metrics().ledger.in_flight == 2);
-    pipeline.drain();
-    closed.wait(1);
-    gate.open();
-    all_well(&pipeline.join());
-    assert_eq!(closed.len(), 1, "closed once");
-}
-
-/// Has always another message, until it is closed.
-struct Closes(Noted<()>);
-
-impl Source for Closes {
-    fn pull(&mut self, _: usize, _: &Stop) -> Pull {
-        match self.0.len() {
-            0 => Pull::Messages(vec![testing::TestMessage::text("a").build()]),
-            _ => Pull::Ended,
-        }
-    }
-
-    fn close(&mut self, _: std::time::Duration) -> Option<broadsock::Report> {
-        self.0.push(());
-        None
-    }
-}
-
-/// Does not look at its stop.
-struct Deaf(Gate);
-
-impl Source for Deaf {
-    fn pull(&mut self, _: usize, _: &Stop) -> Pull {
-        self.0.enter();
-        Pull::Messages(vec![testing::TestMessage::text("late").build()])
-    }
-}
-
-#[test]
-fn a_source_that_does_not_return_is_named_and_what_it_gives_later_is_not_accepted() {
-    let gate = Gate::new();
-    let alive = Arc::new(());
-    let weak = Arc::downgrade(&alive);
-    let pipeline = Pipeline::each(move |_: &Message| {
-        let _ = &alive;
-        Ok::<(), String>(())
-    })
-    .source(Deaf(gate.clone()))
-    .start()
-    .unwrap();
-    gate.entered.wait(1);
-    let report = pipeline.stop(ms(200));
-    assert_eq!(report.stuck, ["broadsock-source-0"]);
-    gate.open();
-    let control = Arc::new(pipeline);
-    eventually("the thread's end", || Arc::strong_count(&control) == 1);
-    let ledger = control.metrics().ledger;
-    assert_eq!((ledger.accepted, ledger.balanced()), (0, true));
-    drop(control);
-    eventually("the thread's end", || weak.upgrade().is_none());
 }

@@ -21,6 +21,13 @@ pub(crate) fn now() -> Instant {
     Instant::now()
 }
 
+#[allow(clippy::disallowed_methods, reason = "a thread of the test's own")]
+pub(crate) fn spawn<T: Send + 'static>(
+    body: impl FnOnce() -> T + Send + 'static,
+) -> std::thread::JoinHandle<T> {
+    std::thread::spawn(body)
+}
+
 /// Lets some time pass.
 pub(crate) fn pass(time: Duration) {
     let _ = after(time).recv();
