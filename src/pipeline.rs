@@ -325,6 +325,8 @@ impl Pipeline {
     fn report(&self) -> PipelineReport {
         let Ending { error, mut stuck, returned, reports } = self.control.ending();
         if !self.has_ended() && !self.control.is_own_thread() {
+            // Without the monitor's verdict: whoever still runs.
+            stuck = self.control.running();
             stuck.push("broadsock-monitor".to_owned());
         }
         PipelineReport { ledger: self.control.ledger(), returned, stuck, error, sources: reports }
@@ -507,6 +509,9 @@ impl<H: Handler> PipelineBuilder<H> {
             Hub::new(self.observer),
         ));
         flow.update_ending(|ending| ending.reports = vec![None; sources.len()]);
+        // Before the threads, which have events of their own.
+        let topology = Control::topology(&*flow);
+        flow.emit(PipelineEvent::Started { topology });
         let supervisor = Supervisor::start(Arc::clone(&flow), inbox, sources, self.intensity)?;
         let (guard, ended) = bounded::<()>(0);
         let end = EndGuard { control: flow.clone(), _ended: guard };
@@ -514,8 +519,6 @@ impl<H: Handler> PipelineBuilder<H> {
             let _end = end;
             supervisor.run();
         })?;
-        let topology = Control::topology(&*flow);
-        flow.emit(PipelineEvent::Started { topology });
         Ok(Pipeline { control: flow, supervisor: Mutex::new(Some(handle)), ended })
     }
 
@@ -727,6 +730,7 @@ trait Control: Send + Sync {
     fn end(&self);
     fn halt(&self);
     fn is_own_thread(&self) -> bool;
+    fn running(&self) -> Vec<String>;
     fn ledger(&self) -> PipelineLedger;
     fn ending(&self) -> Ending;
     fn events(&self) -> Receiver<PipelineEvent>;
@@ -774,6 +778,10 @@ impl<H: Handler> Control for Flow<H> {
 
     fn is_own_thread(&self) -> bool {
         self.spawner.is_own_thread()
+    }
+
+    fn running(&self) -> Vec<String> {
+        Flow::running(self)
     }
 
     fn ledger(&self) -> PipelineLedger {

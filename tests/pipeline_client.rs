@@ -87,7 +87,7 @@ fn a_message_that_failed_for_good_is_forgotten_and_its_redelivery_accepted() {
     failing.store(false, SeqCst);
     client.sender().send("again").unwrap();
     assert!(acknowledger.wait_succeeded(2, LONG), "the redelivery was not accepted");
-    assert_eq!(client.processing(ids["bad"]), Some(Processing::Done));
+    eventually("done", || client.processing(ids["bad"]) == Some(Processing::Done));
     let count = |text: &str| tries.all().iter().filter(|(tried, _)| tried == text).count();
     assert_eq!((count("good"), count("bad")), (1, 3), "the good one is a duplicate");
     all_well(&pipeline.stop(LONG));

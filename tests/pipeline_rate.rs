@@ -116,7 +116,7 @@ fn the_rate_limit_is_honoured_while_draining_and_a_stop_does_not_wait_for_it() {
         .unwrap();
     feed.test_batch(numbers(5));
     eventually("the first", || pipeline.metrics().ledger.succeeded == 1);
-    let report = pipeline.stop(ms(200));
+    let report = pipeline.stop(ms(1000));
     all_well(&report);
     assert_eq!(texts(&report.returned), ["1", "2", "3", "4"]);
 }

@@ -84,7 +84,7 @@ fn a_failed_message_that_does_not_hold_the_order_holds_up_nobody() {
         .start()
         .unwrap();
     assert!(acknowledger.wait_succeeded(99, LONG), "the others wait for the failed one");
-    let report = pipeline.stop(ms(200));
+    let report = pipeline.stop(ms(1000));
     all_well(&report);
     assert_eq!(texts(&report.returned), ["1"]);
 }
@@ -101,7 +101,7 @@ fn a_stop_ends_the_wait_of_a_partition_that_holds_its_order() {
         .start()
         .unwrap();
     tries.wait(2);
-    let report = pipeline.stop(ms(300));
+    let report = pipeline.stop(ms(1000));
     all_well(&report);
     assert_eq!(report.ledger.succeeded, 1);
     assert_eq!(texts(&report.returned), ["1", "2", "3"]);

@@ -83,7 +83,7 @@ fn absurdly_large_settings_do_no_harm() {
     gate.open();
     eventually("retries that never come", || pipeline.metrics().retries == 10);
     pipeline.pause();
-    let report = pipeline.stop(ms(300));
+    let report = pipeline.stop(ms(1000));
     all_well(&report);
     assert_eq!(report.returned.len(), 10);
 }

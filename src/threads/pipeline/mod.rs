@@ -85,6 +85,8 @@ pub(crate) struct Flow<H: Handler> {
     pub(crate) spawner: Spawner,
     pub(crate) hub: Hub<PipelineEvent>,
     pub(crate) counters: Counters,
+    /// The names of the threads that run.
+    running: Mutex<Vec<String>>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -276,6 +278,7 @@ impl<H: Handler> Flow<H> {
             spawner,
             hub,
             counters: Counters::default(),
+            running: Mutex::default(),
             state: Mutex::new(State {
                 phase: Phase::Running,
                 register: Register::default(),
@@ -513,8 +516,35 @@ impl<H: Handler> Flow<H> {
         let _ = self.spawner.monitor.try_send(Notice::Tick);
     }
 
+    /// Runs a thread's body, and knows it by its name meanwhile.
+    pub(crate) fn run_as(&self, name: String, body: impl FnOnce()) {
+        lock(&self.running).push(name.clone());
+        let _guard = Running { running: &self.running, name };
+        body();
+    }
+
+    /// The names of the threads that run.
+    pub(crate) fn running(&self) -> Vec<String> {
+        lock(&self.running).clone()
+    }
+
     pub(crate) fn emit(&self, event: PipelineEvent) {
         self.hub.emit(event);
+    }
+}
+
+/// Strikes a thread off the list when it ends, also by a panic.
+struct Running<'f> {
+    running: &'f Mutex<Vec<String>>,
+    name: String,
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        let mut running = lock(self.running);
+        if let Some(place) = running.iter().position(|name| *name == self.name) {
+            running.swap_remove(place);
+        }
     }
 }
 

@@ -58,7 +58,7 @@ pub enum PipelineEvent {
     Draining,
     /// Sources were paused (`true`) or resumed.
     Paused(bool),
-    /// The threads have been started.
+    /// The first event: the threads are started next.
     Started {
         /// What [`Pipeline::topology`](crate::Pipeline::topology) says.
         topology: String,

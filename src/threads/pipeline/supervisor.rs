@@ -79,7 +79,8 @@ impl<H: Handler> Supervisor<H> {
             let flow = Arc::clone(&self.flow);
             let name = format!("broadsock-source-{index}");
             let child = self.children.len();
-            let body = move || source::run(&flow, index, source);
+            let own = name.clone();
+            let body = move || flow.run_as(own, || source::run(&flow, index, source));
             let handle = self.flow.spawner.spawn(&name, child, body)?;
             self.enlist(child, Kind::Source(index), name, None, handle);
         }
@@ -163,6 +164,8 @@ impl<H: Handler> Supervisor<H> {
                 return Err(Error::new(ErrorKind::Panicked, phrase));
             }
         };
+        let (flow, own) = (Arc::clone(&self.flow), name.clone());
+        let body = move || flow.run_as(own, body);
         let handle = self.flow.spawner.spawn(&name, child, body)?;
         Ok((name, handle))
     }
