@@ -5,16 +5,28 @@
 mod bench;
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bench::*;
-use broadsock::testing::{self, TestAcknowledger};
-use broadsock::{Backoff, Batching, ErrorKind, Failure, Message, Next, Pipeline, sources};
+use broadsock::testing::{self, TestAcknowledger, TestSource};
+use broadsock::{
+    Backoff, Batching, ErrorKind, Failure, Message, Next, Pipeline, Pull, Source, Stop, sources,
+};
 
 fn fine(_: &Message) -> Result<(), String> {
     Ok(())
+}
+
+/// Takes its time.
+struct Slow(TestSource);
+
+impl Source for Slow {
+    fn pull(&mut self, most: usize, stop: &Stop) -> Pull {
+        pass(ms(1));
+        self.0.pull(most, stop)
+    }
 }
 
 #[test]
@@ -40,8 +52,8 @@ fn never_more_messages_are_in_flight_than_allowed() {
     let (second, second_feed) = testing::source();
     let acknowledger = TestAcknowledger::new();
     let pipeline = Pipeline::builder(hands)
-        .source_with(first, acknowledger.clone())
-        .source_with(second, acknowledger.clone())
+        .source_with(Slow(first), acknowledger.clone())
+        .source_with(Slow(second), acknowledger.clone())
         .processors(3)
         .max_in_flight(17)
         .batcher("batch", Batching::new().size(5).timeout(ms(1)).concurrency(2))
@@ -52,7 +64,9 @@ fn never_more_messages_are_in_flight_than_allowed() {
     first_feed.test_batch(numbers(500));
     second_feed.test_batch(numbers(500));
     assert!(acknowledger.wait_succeeded(1000, LONG));
-    all_well(&pipeline.stop(LONG));
+    first_feed.end();
+    second_feed.end();
+    all_well(&pipeline.join());
     let most = most.load(SeqCst);
     assert!((2..=17).contains(&most), "{most}");
 }
@@ -177,31 +191,33 @@ fn after_a_resize_so_many_messages_are_handled_at_once() {
 
 #[test]
 fn the_retry_of_a_retired_workers_last_message_is_not_forgotten() {
-    let gate = Gate::new();
-    let held = gate.clone();
-    let first = AtomicBool::new(true);
+    let gates = [Gate::new(), Gate::new()];
+    let held = gates.clone();
+    let tries = Noted::default();
+    let note = tries.clone();
     let (source, feed) = testing::source();
     let acknowledger = TestAcknowledger::new();
     let pipeline = Pipeline::each(move |_: &Message| {
-        if !first.swap(false, SeqCst) {
-            return Ok(());
-        }
-        held.enter();
-        Err("not yet")
+        let first = note.push(()) <= 2;
+        let retired = thread() == "broadsock-proc-1";
+        held[usize::from(retired)].enter();
+        if first && retired { Err("not yet") } else { Ok(()) }
     })
     .source_with(source, acknowledger.clone())
-    .processors(8)
+    .processors(2)
     .chunk(1)
     .retries(2, Backoff::constant(ms(30)))
     .start()
     .unwrap();
-    feed.test_message("a");
-    let worker = gate.entered.wait(1)[0].clone();
-    // Whichever has it retires; another one stays.
-    let index: usize = worker.rsplit('-').next().unwrap().parse().unwrap();
-    pipeline.resize(index.max(1)).unwrap();
-    gate.open();
-    assert!(acknowledger.wait_succeeded(1, LONG), "its retry is due, and nobody wakes");
+    feed.test_batch(["a", "b"]);
+    tries.wait(2);
+    gates[0].open();
+    assert!(acknowledger.wait_succeeded(1, LONG));
+    // Time for the other one to wait for work, before there is the retry.
+    pass(ms(30));
+    pipeline.resize(1).unwrap();
+    gates[1].open();
+    assert!(acknowledger.wait_succeeded(2, LONG), "its retry is due, and nobody wakes");
     all_well(&pipeline.stop(LONG));
 }
 
@@ -257,4 +273,28 @@ fn resizing_to_and_fro_for_long_does_not_pile_anything_up() {
     assert_eq!(workers.len(), 1);
     assert_eq!(workers[0].thread, "broadsock-proc-0");
     all_well(&pipeline.stop(Duration::from_secs(20)));
+}
+
+#[test]
+fn retired_workers_take_no_more_messages() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let (source, feed) = testing::source();
+    let pipeline = Pipeline::builder(Hands::new(to_batch).batch(move |_| {
+        held.enter();
+        Ok(())
+    }))
+    .source(source)
+    .processors(4)
+    .batcher("batch", Batching::new().size(1).concurrency(4))
+    .start()
+    .unwrap();
+    pipeline.resize(1).unwrap();
+    pipeline.resize_batcher("batch", 1).unwrap();
+    feed.test_batch(numbers(20));
+    gate.entered.wait(1);
+    pass(ms(20));
+    assert_eq!(gate.entered.all(), ["broadsock-batch-batch-0"]);
+    gate.open();
+    all_well(&pipeline.stop(LONG));
 }

@@ -39,6 +39,7 @@ fn what_channels_and_endless_iterators_give_after_the_stop_is_not_waited_for() {
     stopped.store(true, SeqCst);
     feeder.join().unwrap();
     all_well(&report);
+    assert!(report.error.is_none(), "{:?}", report.error);
     assert_eq!(report.ledger.returned, 0);
 }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bench::*;
-use broadsock::crossbeam_channel::bounded;
+use broadsock::crossbeam_channel::{Sender, bounded};
 use broadsock::testing::{self, TestAcknowledger, TestMessage};
 use broadsock::{
     ErrorKind, Message, Pipeline, PipelineEvent, Pull, Report, Settler, Source, Stop, sources,
@@ -209,4 +209,46 @@ fn a_source_that_panics_has_ended_is_reported_and_harms_no_other() {
 fn a_source_whose_books_cannot_be_had_is_refused_at_the_start() {
     let error = Pipeline::each(fine).source(Broken("settler", false)).start().unwrap_err();
     assert_eq!(error.kind(), &ErrorKind::Setting("source"));
+}
+
+/// Is sent more as soon as it is closed.
+struct SentLate(Box<dyn Source>, Sender<&'static str>);
+
+impl Source for SentLate {
+    fn pull(&mut self, most: usize, stop: &Stop) -> Pull {
+        self.0.pull(most, stop)
+    }
+
+    fn close(&mut self, deadline: Duration) -> Option<Report> {
+        let report = self.0.close(deadline);
+        (0..3).for_each(|_| self.1.send("late").unwrap());
+        report
+    }
+}
+
+#[test]
+fn what_a_channel_holds_at_its_close_is_processed_and_nothing_that_comes_later() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let seen = Noted::default();
+    let note = seen.clone();
+    let (sender, receiver) = bounded(10);
+    ["a", "b", "c"].into_iter().for_each(|text| sender.send(text).unwrap());
+    let left = receiver.clone();
+    let pipeline = Pipeline::each(move |message: &Message| {
+        held.enter();
+        note.push(message.to_string());
+        Ok::<(), String>(())
+    })
+    .source(SentLate(Box::new(sources::channel(receiver)), sender))
+    .processors(1)
+    .max_in_flight(1)
+    .start()
+    .unwrap();
+    gate.entered.wait(1);
+    pipeline.drain();
+    eventually("the close", || left.len() == 5);
+    gate.open();
+    all_well(&pipeline.join());
+    assert_eq!((seen.all(), left.len()), (vec!["a".into(), "b".into(), "c".into()], 3));
 }
