@@ -9,7 +9,7 @@ use crate::handler::Outgoing;
 use crate::message::Message;
 use crate::metrics::Counter;
 use crate::sender::{SendErrorReason, Sender};
-use crate::threads::{contained_user, panic_text};
+use crate::threads::contained_user;
 use crate::work::{Acknowledger, Failed, Succeeded};
 
 /// Answers each settled message on the connection and the epoch that delivered
@@ -141,8 +141,7 @@ impl Acknowledger for SocketAcknowledger {
 impl Shared {
     fn answer(&self, outcome: Outcome<'_>) -> Result<(), String> {
         let answer = contained_user(|| (self.answer)(outcome));
-        let answer =
-            answer.map_err(|panic| format!("the answer panicked: {}", panic_text(&*panic)))?;
+        let answer = answer.map_err(|panic| format!("the answer panicked: {panic}"))?;
         let Some(answer) = answer else { return Ok(()) };
         let from = outcome.message().metadata();
         let Some(sender) = self.senders.get(from.connection) else {

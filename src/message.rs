@@ -192,11 +192,6 @@ impl Message {
         self.as_bytes().to_vec()
     }
 
-    /// Whether both are handles to one message of one block.
-    pub(crate) fn is_same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.block, &other.block) && self.index == other.index
-    }
-
     fn entry(&self) -> &Entry {
         &self.block.entries[self.index as usize]
     }

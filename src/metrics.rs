@@ -361,4 +361,8 @@ impl Gauge {
     pub(crate) fn get(&self) -> i64 {
         self.0.load(SeqCst)
     }
+
+    pub(crate) fn clear(&self) {
+        self.0.store(0, SeqCst);
+    }
 }

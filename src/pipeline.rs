@@ -16,19 +16,26 @@ use crate::logic::rate::{Limiter, RateLimit};
 use crate::logic::restart::Intensity;
 use crate::message::Message;
 use crate::metrics::{PipelineLedger, Report};
-use crate::threads::Spawner;
 use crate::threads::events::{Hub, Observer};
 use crate::threads::monitor::{NOTICES, Notice};
 use crate::threads::pipeline::batcher::{Batcher, Weigh};
+use crate::threads::pipeline::pool::Pool;
 use crate::threads::pipeline::stats::PipelineEvent;
 use crate::threads::pipeline::supervisor::Supervisor;
 use crate::threads::pipeline::{
-    Ending, Flow, FlowPolicy, Partition, Phase, Retries, Slot, SourceSlot, lock,
+    Ending, Flow, FlowPolicy, Partition, Phase, Retries, SourceSlot, lock,
 };
+use crate::threads::{Spawner, contained};
 use crate::work::{Acknowledger, Failure, Handler, NoAcknowledger, Source};
 
 /// How long a pipeline that is dropped without `stop` may take to end.
 const DROP_DEADLINE: Duration = Duration::from_secs(1);
+
+/// The most workers of one pool.
+const MOST_THREADS: usize = 4096;
+
+/// The longest queue: its memory is taken at the start.
+const MOST_QUEUED: usize = 1 << 20;
 
 /// Sources, processors, batchers and acknowledgers, running.
 ///
@@ -93,11 +100,13 @@ pub struct Batching<T> {
 pub struct PipelineReport {
     /// The ledger at the end.
     pub ledger: PipelineLedger,
-    /// Messages that were not settled by the deadline.
+    /// Messages that were not settled by the deadline, in the order in which they
+    /// were accepted. One that an acknowledger was being told of at that moment is
+    /// among them.
     pub returned: Vec<Message>,
     /// Threads that still ran at the deadline, by name.
     pub stuck: Vec<String>,
-    /// Why the pipeline failed, if it did.
+    /// Why the pipeline failed, or a source of it, if one did.
     pub error: Option<Error>,
     /// The report of each source that has one, such as a client, in order.
     pub sources: Vec<Option<Report>>,
@@ -126,6 +135,8 @@ pub struct PipelineSnapshot {
     /// Time from receipt to settlement of the messages that succeeded:
     /// `latency[n]` counts those below 2^n microseconds and above the one before.
     pub latency: Vec<u64>,
+    /// The sum of these times, each counted up to an hour.
+    pub latency_sum: Duration,
 }
 
 /// What one stage counts.
@@ -208,10 +219,12 @@ impl Pipeline {
         let margin = (deadline / 2).min(Duration::from_millis(400));
         let before = |part| at.checked_sub(part).unwrap_or(at);
         self.control.close(before(margin), before(margin / 4));
-        if !self.control.is_own_thread()
-            && self.ended.recv_deadline(at) == Err(RecvTimeoutError::Disconnected)
-        {
-            self.join_supervisor();
+        if !self.control.is_own_thread() {
+            match self.ended.recv_deadline(at) {
+                Err(RecvTimeoutError::Disconnected) => self.join_supervisor(),
+                // Whatever keeps the monitor: the report is final.
+                _ => self.control.end(),
+            }
         }
         self.report()
     }
@@ -239,7 +252,8 @@ impl Pipeline {
         self.control.snapshot()
     }
 
-    /// Why the pipeline failed; `None` while it has not.
+    /// Why the pipeline, or a source of it, failed; `None` while none has. A
+    /// source that panics has ended; the others go on.
     #[must_use]
     pub fn error(&self) -> Option<Error> {
         self.control.ending().error
@@ -276,10 +290,21 @@ impl Pipeline {
     /// `processors` is zero, or the pipeline has partitions: a partition belongs
     /// to one of a fixed number of workers.
     pub fn resize(&self, processors: usize) -> Result<(), Error> {
-        if processors == 0 {
-            return Err(Error::setting("processors", "must be at least 1"));
-        }
+        check_threads(processors).map_err(|why| Error::setting("processors", why))?;
         self.control.resize(processors)
+    }
+
+    /// Changes the number of a batcher's workers while running. A worker that is
+    /// too many ends after its batch.
+    ///
+    /// # Errors
+    ///
+    /// `workers` is zero, there is no such batcher, or its batches belong to
+    /// workers: the pipeline has partitions, or an item had a batch key.
+    pub fn resize_batcher(&self, name: &str, workers: usize) -> Result<(), Error> {
+        check_threads(workers)
+            .map_err(|why| Error::setting("batcher", format!("`concurrency` of {name:?} {why}")))?;
+        self.control.resize_batcher(name, workers)
     }
 
     /// Describes threads, queues and limits, a line each.
@@ -300,6 +325,8 @@ impl Pipeline {
     fn report(&self) -> PipelineReport {
         let Ending { error, mut stuck, returned, reports } = self.control.ending();
         if !self.has_ended() && !self.control.is_own_thread() {
+            // Without the monitor's verdict: whoever still runs.
+            stuck = self.control.running();
             stuck.push("broadsock-monitor".to_owned());
         }
         PipelineReport { ledger: self.control.ledger(), returned, stuck, error, sources: reports }
@@ -413,7 +440,8 @@ impl<H: Handler> PipelineBuilder<H> {
     }
 
     /// Limits how fast messages are handed to processors, over all sources,
-    /// also while draining. Defaults to no limit.
+    /// also while draining. A message counts when it enters the queue of the
+    /// processors, and once, however often it is tried. Defaults to no limit.
     pub fn rate_limit(mut self, limit: RateLimit) -> Self {
         self.rate_limit = Some(limit);
         self
@@ -453,14 +481,14 @@ impl<H: Handler> PipelineBuilder<H> {
         let spawner = Spawner::new(notices);
         let batchers = self.make_batchers();
         let limiter = self.rate_limit.map(|limit| Limiter::new(limit, clock.now()));
-        let (sources, slots): (Vec<Box<dyn Source>>, Vec<SourceSlot>) = self
-            .sources
-            .into_iter()
-            .map(|(source, acknowledger)| {
-                let slot = SourceSlot::new(acknowledger, source.settler());
-                (source, slot)
-            })
-            .unzip();
+        let (mut sources, mut slots) = (Vec::new(), Vec::new());
+        for (source, acknowledger) in self.sources {
+            let settler = contained(|| source.settler()).map_err(|panic| {
+                Error::setting("source", format!("`settler` panicked: {panic}"))
+            })?;
+            slots.push(SourceSlot::new(acknowledger, settler));
+            sources.push(source);
+        }
         let policy = FlowPolicy {
             max_in_flight: self.max_in_flight,
             chunk: self.chunk,
@@ -481,6 +509,9 @@ impl<H: Handler> PipelineBuilder<H> {
             Hub::new(self.observer),
         ));
         flow.update_ending(|ending| ending.reports = vec![None; sources.len()]);
+        // Before the threads, which have events of their own.
+        let topology = Control::topology(&*flow);
+        flow.emit(PipelineEvent::Started { topology });
         let supervisor = Supervisor::start(Arc::clone(&flow), inbox, sources, self.intensity)?;
         let (guard, ended) = bounded::<()>(0);
         let end = EndGuard { control: flow.clone(), _ended: guard };
@@ -523,6 +554,10 @@ impl<H: Handler> PipelineBuilder<H> {
             if number == 0 {
                 return Err(Error::setting(name, "must be at least 1"));
             }
+        }
+        check_threads(self.processors).map_err(|why| Error::setting("processors", why))?;
+        if self.queue > MOST_QUEUED {
+            return Err(Error::setting("queue", format!("must be at most {MOST_QUEUED}")));
         }
         self.retries.backoff.check()?;
         if self.retries.hold && self.partition.is_none() {
@@ -621,6 +656,9 @@ impl<T> Batching<T> {
                 return Err(Error::setting("batcher", why));
             }
         }
+        if let Err(why) = check_threads(self.concurrency) {
+            return Err(Error::setting("batcher", format!("`concurrency` of {name:?} {why}")));
+        }
         if self.timeout.is_zero() {
             let why = format!("`timeout` of {name:?} must be more than zero");
             return Err(Error::setting("batcher", why));
@@ -642,6 +680,15 @@ impl<T> fmt::Debug for Batching<T> {
             .field("timeout", &self.timeout)
             .field("concurrency", &self.concurrency)
             .finish_non_exhaustive()
+    }
+}
+
+/// Refuses a number of threads that is none or more than any program has use for.
+fn check_threads(count: usize) -> Result<(), String> {
+    match count {
+        0 => Err("must be at least 1".to_owned()),
+        count if count > MOST_THREADS => Err(format!("must be at most {MOST_THREADS}")),
+        _ => Ok(()),
     }
 }
 
@@ -680,8 +727,10 @@ trait Control: Send + Sync {
     fn pause(&self, pause: bool);
     fn drain(&self);
     fn close(&self, work: Instant, end: Instant);
+    fn end(&self);
     fn halt(&self);
     fn is_own_thread(&self) -> bool;
+    fn running(&self) -> Vec<String>;
     fn ledger(&self) -> PipelineLedger;
     fn ending(&self) -> Ending;
     fn events(&self) -> Receiver<PipelineEvent>;
@@ -689,6 +738,7 @@ trait Control: Send + Sync {
     fn rate_limit(&self) -> Option<RateLimit>;
     fn set_rate_limit(&self, limit: RateLimit) -> Result<(), Error>;
     fn resize(&self, processors: usize) -> Result<(), Error>;
+    fn resize_batcher(&self, name: &str, workers: usize) -> Result<(), Error>;
     fn topology(&self) -> String;
 }
 
@@ -714,12 +764,24 @@ impl<H: Handler> Control for Flow<H> {
         self.drain();
     }
 
-    fn halt(&self) {
+    fn end(&self) {
         self.enter(Phase::Stopped);
+        self.give_back();
+    }
+
+    fn halt(&self) {
+        // After an end in order, this changes nothing; else nobody else tells them.
+        if self.enter(Phase::Stopped) {
+            self.timer.stop();
+        }
     }
 
     fn is_own_thread(&self) -> bool {
         self.spawner.is_own_thread()
+    }
+
+    fn running(&self) -> Vec<String> {
+        Flow::running(self)
     }
 
     fn ledger(&self) -> PipelineLedger {
@@ -736,18 +798,20 @@ impl<H: Handler> Control for Flow<H> {
 
     fn snapshot(&self) -> PipelineSnapshot {
         let now = self.clock.now();
-        let waiting = self.lanes.iter().map(|l| l.receiver.len() + lock(&l.retries).len()).sum();
+        let waiting = self.lanes.iter().map(|lane| {
+            usize::try_from(lane.queued.get()).unwrap_or(0) + lock(&lane.retries).len()
+        });
         let processors = StageSnapshot {
             name: "processors".to_owned(),
-            queued: waiting,
-            workers: workers(&self.slots(), now),
+            queued: waiting.sum(),
+            workers: workers(&self.processors, now),
             batches: [0; 5],
             batched: 0,
         };
         let batchers = self.batchers.values().map(|batcher| StageSnapshot {
             name: batcher.name.to_string(),
-            queued: batcher.depth(),
-            workers: workers(&batcher.slots, now),
+            queued: usize::try_from(batcher.queued.get()).unwrap_or(0),
+            workers: workers(&batcher.workers, now),
             batches: std::array::from_fn(|trigger| batcher.batches[trigger].get()),
             batched: batcher.batched.get(),
         });
@@ -761,6 +825,7 @@ impl<H: Handler> Control for Flow<H> {
             acknowledged: self.counters.acknowledged.get(),
             acknowledge_failures: self.counters.acknowledge_failures.get(),
             latency: self.counters.latency.counts().to_vec(),
+            latency_sum: self.counters.latency.sum(),
         }
     }
 
@@ -782,37 +847,42 @@ impl<H: Handler> Control for Flow<H> {
         if self.policy.partition.is_some() {
             return Err(Error::setting("processors", "fixed while there are partitions"));
         }
-        let mut slots = lock(&self.processors);
-        let active: Vec<Arc<Slot>> = slots.iter().filter(|s| !s.is_retired()).cloned().collect();
-        for slot in active.iter().skip(processors) {
-            lock(&slot.retire).take();
+        self.processors.resize(processors);
+        let _ = self.spawner.monitor.try_send(Notice::Tick);
+        Ok(())
+    }
+
+    fn resize_batcher(&self, name: &str, workers: usize) -> Result<(), Error> {
+        let Some(batcher) = self.batchers.get(name) else {
+            return Err(Error::setting("batcher", format!("there is none named {name:?}")));
+        };
+        if self.policy.partition.is_some() || !batcher.resize(workers) {
+            let why = format!("`concurrency` of {name:?} is fixed by partitions or batch keys");
+            return Err(Error::setting("batcher", why));
         }
-        for _ in active.len()..processors {
-            let name = format!("broadsock-proc-{}", slots.len());
-            slots.push(Slot::new(name));
-        }
-        drop(slots);
         let _ = self.spawner.monitor.try_send(Notice::Tick);
         Ok(())
     }
 
     fn topology(&self) -> String {
-        let mut lines = vec![format!("sources: {} threads", self.sources.len())];
-        let slots = self.slots();
-        let active = slots.iter().filter(|slot| !slot.is_retired()).count();
+        let sources = self.sources.len();
+        let mut lines = vec![format!("sources: {sources} threads broadsock-source-N")];
         let queues = self.lanes.len();
         let capacity = self.lanes.first().and_then(|l| l.receiver.capacity()).unwrap_or_default();
         lines.push(format!(
-            "processors: {active} threads, {queues} queues of {capacity} chunks of up to {} messages",
+            "processors: {} threads broadsock-proc-N, {queues} queues of {capacity} chunks of up \
+             to {} messages",
+            self.processors.len(),
             self.policy.chunk
         ));
         for batcher in self.batchers.values() {
+            let (name, workers) = (&batcher.name, batcher.workers.len());
             lines.push(format!(
-                "batcher {}: 1 grouping thread, {} workers",
-                batcher.name,
-                batcher.slots.len()
+                "batcher {name}: thread broadsock-batcher-{name}, queue of {capacity} items, \
+                 {workers} threads broadsock-batch-{name}-N"
             ));
         }
+        lines.push("supervision: threads broadsock-monitor, broadsock-timer".to_owned());
         lines.push(format!("in flight: at most {}", self.policy.max_in_flight));
         if let Some(limit) = Control::rate_limit(self) {
             lines.push(format!("rate limit: {limit:?}"));
@@ -821,10 +891,9 @@ impl<H: Handler> Control for Flow<H> {
     }
 }
 
-fn workers(slots: &[Arc<Slot>], now: Instant) -> Vec<WorkerSnapshot> {
-    slots
+fn workers(pool: &Pool, now: Instant) -> Vec<WorkerSnapshot> {
+    pool.slots()
         .iter()
-        .filter(|slot| !slot.is_retired())
         .map(|slot| WorkerSnapshot {
             thread: slot.name.clone(),
             handled: slot.stats.handled.get(),

@@ -32,18 +32,19 @@ where
     I::IntoIter: Send + 'static,
     I::Item: AsRef<[u8]>,
 {
-    Iter { items: items.into_iter(), sequence: 0 }
+    Iter { items: items.into_iter(), sequence: 0, closed: false }
 }
 
 /// A channel of texts or bytes as a source: the pipeline drains when all its
 /// senders are gone.
 pub fn channel<T: AsRef<[u8]> + Send + 'static>(receiver: Receiver<T>) -> impl Source {
-    Channel { receiver, sequence: 0, closed: false }
+    Channel { receiver, sequence: 0, left: None }
 }
 
 struct Iter<I> {
     items: I,
     sequence: u64,
+    closed: bool,
 }
 
 impl<I> Source for Iter<I>
@@ -52,6 +53,9 @@ where
     I::Item: AsRef<[u8]>,
 {
     fn pull(&mut self, most: usize, _: &Stop) -> Pull {
+        if self.closed {
+            return Pull::Ended;
+        }
         let mut gather = Gather::new(&mut self.sequence);
         for item in self.items.by_ref().take(most) {
             gather.push(item.as_ref());
@@ -61,18 +65,25 @@ where
             messages => Pull::Messages(messages),
         }
     }
+
+    /// Items that were not asked for stay in the iterator, which may be endless.
+    fn close(&mut self, _: Duration) -> Option<Report> {
+        self.closed = true;
+        None
+    }
 }
 
 struct Channel<T> {
     receiver: Receiver<T>,
     sequence: u64,
-    closed: bool,
+    /// Once closed: how many of the items it held then are left.
+    left: Option<usize>,
 }
 
 impl<T: AsRef<[u8]> + Send + 'static> Source for Channel<T> {
     fn pull(&mut self, most: usize, stop: &Stop) -> Pull {
         let mut gather = Gather::new(&mut self.sequence);
-        if !self.closed {
+        if self.left.is_none() {
             select! {
                 recv(self.receiver) -> item => match item {
                     Ok(item) => gather.push(item.as_ref()),
@@ -81,20 +92,24 @@ impl<T: AsRef<[u8]> + Send + 'static> Source for Channel<T> {
                 recv(stop.signal()) -> _ => return Pull::Messages(Vec::new()),
             }
         }
+        let most = most.min(self.left.unwrap_or(most));
         while gather.len() < most
             && let Ok(item) = self.receiver.try_recv()
         {
             gather.push(item.as_ref());
         }
+        if let Some(left) = &mut self.left {
+            *left -= gather.len();
+        }
         match gather.finish() {
-            messages if messages.is_empty() && self.closed => Pull::Ended,
+            messages if messages.is_empty() && self.left.is_some() => Pull::Ended,
             messages => Pull::Messages(messages),
         }
     }
 
-    /// What the channel holds by now is still processed.
+    /// What the channel holds by now is still processed; senders may go on.
     fn close(&mut self, _: Duration) -> Option<Report> {
-        self.closed = true;
+        self.left = Some(self.receiver.len());
         None
     }
 }

@@ -329,7 +329,8 @@ impl<T> fmt::Debug for Batch<T> {
     }
 }
 
-/// A message's place in the pipeline, from its acceptance to its settlement.
+/// A message on its way through the pipeline, from its acceptance to its
+/// settlement.
 #[derive(Debug, Clone)]
 pub(crate) struct Ticket {
     pub(crate) message: Message,
@@ -337,13 +338,29 @@ pub(crate) struct Ticket {
     pub(crate) source: usize,
     /// Tries so far.
     pub(crate) attempts: u32,
-    /// Which pull brought it: what its age is counted by.
+    /// Which pull brought it, and its place among the messages of that.
     pub(crate) pull: u64,
+    pub(crate) place: u32,
+    /// Asked of the program once, so that it stays in one place.
+    pub(crate) partition: Option<u64>,
     pub(crate) tag: Option<Tag>,
-    /// Already acknowledged as a success.
-    pub(crate) acknowledged: bool,
     /// Past its processor, in a batcher.
     pub(crate) batched: bool,
+}
+
+impl Ticket {
+    pub(crate) fn new(message: Message, source: usize, pull: u64, place: u32) -> Self {
+        Self {
+            message,
+            source,
+            attempts: 0,
+            pull,
+            place,
+            partition: None,
+            tag: None,
+            batched: false,
+        }
+    }
 }
 
 /// A message that succeeded.

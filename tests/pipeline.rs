@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use broadsock::crossbeam_channel::{Receiver, Sender, bounded};
 use broadsock::{
-    Acknowledgement, Backoff, Batch, Batching, ChannelAcknowledger, Failed, Failure, FailureKind,
-    Handler, Message, Next, Pipeline, Trigger, sources,
+    Acknowledgement, Batch, Batching, ChannelAcknowledger, Failed, Failure, FailureKind, Handler,
+    Message, Next, Pipeline, Trigger, sources,
 };
 
 const LONG: Duration = Duration::from_secs(30);
@@ -216,68 +216,4 @@ fn messages_of_one_partition_are_processed_in_order_by_the_same_processor_and_ba
                 .collect(),
         );
     }
-}
-
-#[test]
-fn a_failed_message_is_tried_again_and_then_has_failed() {
-    let tries = Arc::new(Mutex::new(HashMap::<String, u32>::new()));
-    let count = tries.clone();
-    let report = Pipeline::each(move |message: &Message| {
-        let text = message.text().unwrap_or_default().to_owned();
-        let mut tries = count.lock().unwrap();
-        let tries = tries.entry(text.clone()).or_default();
-        *tries += 1;
-        if text == "never" || *tries < 3 { Err(format!("try {tries}")) } else { Ok(()) }
-    })
-    .source(sources::iter(["third", "never"]))
-    .retries(4, Backoff::constant(Duration::from_millis(1)))
-    .start()
-    .unwrap()
-    .join();
-    assert_eq!(tries.lock().unwrap()["third"], 3);
-    assert_eq!(tries.lock().unwrap()["never"], 4);
-    assert_eq!((report.ledger.succeeded, report.ledger.failed), (1, 1));
-}
-
-#[test]
-fn stop_waits_until_all_is_processed_and_respects_its_deadline_in_total() {
-    let (release, held) = bounded::<()>(0);
-    let pipeline = Pipeline::each(move |message: &Message| {
-        if message.text() == Some("hang") {
-            let _ = held.recv();
-        }
-        Ok::<(), String>(())
-    })
-    .source(sources::iter(["hang", "hang", "hang", "hang", "a", "b"]))
-    .processors(4)
-    .chunk(1)
-    .start()
-    .unwrap();
-    let report = pipeline.stop(Duration::from_millis(300));
-    assert_eq!(report.stuck.len(), 4, "{:?}", report.stuck);
-    assert_eq!(report.returned.len() as u64, report.ledger.returned);
-    assert_eq!(report.ledger.returned, 6 - report.ledger.succeeded);
-    assert!(report.ledger.balanced());
-    drop(release);
-}
-
-#[test]
-fn stop_from_inside_a_handler_does_not_deadlock() {
-    let pipeline: Arc<Mutex<Option<Arc<Pipeline>>>> = Arc::default();
-    let inner = pipeline.clone();
-    let (sender, receiver) = bounded(10);
-    let running = Arc::new(
-        Pipeline::each(move |_: &Message| {
-            if let Some(pipeline) = inner.lock().unwrap().take() {
-                pipeline.stop(LONG);
-            }
-            Ok::<(), String>(())
-        })
-        .source(sources::channel(receiver))
-        .start()
-        .unwrap(),
-    );
-    *pipeline.lock().unwrap() = Some(running.clone());
-    sender.send("a").unwrap();
-    assert_eq!(running.join().ledger.succeeded, 1);
 }

@@ -32,6 +32,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! For pipelines without any socket there are a [`source()`] fed by hand, a
+//! [`TestAcknowledger`] to wait on, a [`TestMessage`], and [`kill_worker`].
+//!
 //! Each open connection costs a thread and three descriptors; dropping the
 //! server ends all of them. Threads are named `broadsock-test-...`.
 
@@ -40,6 +43,7 @@ mod feed;
 mod frame;
 mod handle;
 mod peer;
+mod pipeline;
 mod play;
 mod record;
 mod script;
@@ -52,6 +56,9 @@ mod tls;
 mod upgrade;
 
 pub use feed::Feed;
+pub use pipeline::{
+    Group, TestAcknowledger, TestFeed, TestMessage, TestSource, kill_worker, source,
+};
 pub use record::{Payload, Received, Record, Request, Stats};
 pub use script::Script;
 pub use server::{Server, ServerBuilder};

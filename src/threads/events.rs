@@ -13,6 +13,11 @@ use crate::metrics::Counter;
 /// What can be told: it has a log line and a level.
 pub(crate) trait Told: Clone + fmt::Display + Send {
     fn level(&self) -> log::Level;
+
+    /// So frequent that it is told to those only who listen at the moment.
+    fn is_fine(&self) -> bool {
+        false
+    }
 }
 
 /// A new subscriber first gets this many of the latest events.
@@ -45,7 +50,15 @@ impl<E: Told> Hub<E> {
         Self { observer, subscribers: Mutex::new(subscribers), lost: Counter::default() }
     }
 
+    /// Whether anybody listens at the moment, besides the log.
+    pub(crate) fn is_heard(&self) -> bool {
+        self.observer.is_some() || !self.lock().channels.is_empty()
+    }
+
     pub(crate) fn emit(&self, event: E) {
+        if event.is_fine() && !self.is_heard() {
+            return;
+        }
         log::log!(target: "broadsock", event.level(), "{event}");
         if let Some(observer) = &self.observer
             && let Err(panic) = contained(|| observer(&event))
@@ -61,6 +74,9 @@ impl<E: Told> Hub<E> {
             }
             Err(TrySendError::Disconnected(_)) => false,
         });
+        if event.is_fine() {
+            return;
+        }
         if subscribers.recent.len() == RECENT {
             subscribers.recent.pop_front();
         }

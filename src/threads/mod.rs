@@ -12,7 +12,7 @@ pub(crate) mod timer;
 
 use std::any::Any;
 use std::cell::Cell;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::thread::Builder;
 pub(crate) use std::thread::JoinHandle;
 
@@ -95,14 +95,7 @@ impl Drop for ExitGuard {
 
 /// Runs user code; a panic comes back as its message.
 pub(crate) fn contained<T>(run: impl FnOnce() -> T) -> Result<T, String> {
-    catch_unwind(AssertUnwindSafe(run)).map_err(|payload| {
-        let text = panic_text(&*payload);
-        // What was thrown is user code too, and may panic when it is dropped.
-        if let Err(another) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
-            std::mem::forget(another);
-        }
-        text
-    })
+    catch_unwind(AssertUnwindSafe(run)).map_err(panic_message)
 }
 
 /// A panic that ends its thread instead of being contained: how tests kill a
@@ -110,14 +103,45 @@ pub(crate) fn contained<T>(run: impl FnOnce() -> T) -> Result<T, String> {
 #[derive(Debug)]
 pub(crate) struct Kill;
 
-/// Runs user code on a supervised worker; a panic comes back as its payload.
-pub(crate) fn contained_user<T>(run: impl FnOnce() -> T) -> std::thread::Result<T> {
-    catch_unwind(AssertUnwindSafe(run)).map_err(|payload| {
-        if payload.is::<Kill>() {
-            std::panic::resume_unwind(payload);
+/// Runs user code on a supervised worker; a panic comes back as its message.
+pub(crate) fn contained_user<T>(run: impl FnOnce() -> T) -> Result<T, String> {
+    let mut killed = Killed::default();
+    let result = killed.contain(run);
+    killed.die();
+    result
+}
+
+/// A kill that waits until its thread has finished what must not stay half done.
+#[derive(Default)]
+pub(crate) struct Killed(Option<Box<dyn Any + Send>>);
+
+impl Killed {
+    /// Runs user code; a panic comes back as its message, also that of a kill.
+    pub(crate) fn contain<T>(&mut self, run: impl FnOnce() -> T) -> Result<T, String> {
+        catch_unwind(AssertUnwindSafe(run)).map_err(|payload| {
+            if payload.is::<Kill>() {
+                self.0 = Some(payload);
+                return "the thread is killed".to_owned();
+            }
+            panic_message(payload)
+        })
+    }
+
+    /// Ends the thread if it was killed.
+    pub(crate) fn die(self) {
+        if let Some(payload) = self.0 {
+            resume_unwind(payload);
         }
-        payload
-    })
+    }
+}
+
+/// The message of a panic. Dropping what a user panicked with may panic too.
+pub(crate) fn panic_message(payload: Box<dyn Any + Send>) -> String {
+    let text = panic_text(&*payload);
+    if let Err(again) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
+        std::mem::forget(again);
+    }
+    text
 }
 
 /// The message of a panic.
@@ -126,6 +150,8 @@ pub(crate) fn panic_text(payload: &(dyn Any + Send)) -> String {
         (*text).to_owned()
     } else if let Some(text) = payload.downcast_ref::<String>() {
         text.clone()
+    } else if payload.is::<Kill>() {
+        "killed by a test".to_owned()
     } else {
         "a panic without a message".to_owned()
     }

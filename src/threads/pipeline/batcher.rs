@@ -3,15 +3,14 @@
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::sync::{Arc, Mutex};
 
-use crossbeam_channel::{Receiver, Sender, bounded, select};
+use crossbeam_channel::{Receiver, Sender, bounded, never, select};
 
-use super::processor::{AfterFailure, begin, finish};
-use super::source::partition_of;
+use super::pool::{Pool, Slot};
 use super::stats::PipelineEvent;
-use super::{Flow, Phase, Slot, Tick, lock};
+use super::{Flow, Phase, Tick, count, lock};
 use crate::logic::batch::{BatchPolicy, Batches, Ready};
-use crate::metrics::Counter;
-use crate::threads::{contained_user, panic_text};
+use crate::metrics::{Counter, Gauge};
+use crate::threads::{contained, contained_user};
 use crate::work::{Batch, BatchEntry, Failure, FailureKind, Handler, Ticket, ToBatch, Trigger};
 
 /// A user's function that weighs an item.
@@ -43,15 +42,26 @@ pub(crate) struct Batcher<T> {
     /// Its place among the batchers, by name.
     pub(crate) index: usize,
     pub(crate) tick: Tick,
-    pub(crate) slots: Vec<Arc<Slot>>,
+    pub(crate) workers: Pool,
     weigh: Option<Weigh<T>>,
     items: Channel<Item<T>>,
     open: Mutex<Batches<Group, Item<T>>>,
     /// Batches that any worker may take, and those that one must.
     shared: Channel<Closed<T>>,
     own: Vec<Channel<Closed<T>>>,
+    homes: Mutex<Homes>,
+    /// Items that no worker has taken yet.
+    pub(crate) queued: Gauge,
     pub(crate) batches: [Counter; 5],
     pub(crate) batched: Counter,
+}
+
+/// Among how many workers the keys and partitions are shared out.
+#[derive(Debug)]
+struct Homes {
+    count: usize,
+    /// Some batch has such a home: the count must not change any more.
+    settled: bool,
 }
 
 impl<T: Send + 'static> Batcher<T> {
@@ -62,16 +72,18 @@ impl<T: Send + 'static> Batcher<T> {
         queue: usize,
         weigh: Option<Weigh<T>>,
     ) -> Self {
-        let slots = (0..concurrency).map(|n| Slot::new(format!("broadsock-batch-{name}-{n}")));
         Self {
             index: 0,
             tick: Tick::new(),
-            slots: slots.collect(),
+            workers: Pool::new(format!("broadsock-batch-{name}"), concurrency),
             weigh,
             items: bounded(queue),
             open: Mutex::new(Batches::new(policy)),
             shared: bounded(concurrency),
-            own: (0..concurrency).map(|_| bounded(1)).collect(),
+            // As long as a lane: a slow worker holds up others only when it is full.
+            own: (0..concurrency).map(|_| bounded(queue)).collect(),
+            homes: Mutex::new(Homes { count: concurrency, settled: false }),
+            queued: Gauge::default(),
             batches: std::array::from_fn(|_| Counter::new()),
             batched: Counter::new(),
             name,
@@ -87,49 +99,58 @@ impl<T: Send + 'static> Batcher<T> {
     ) -> bool {
         ticket.batched = true;
         let weight = self.weight(flow, &to.item);
-        let group = Group { worker: self.worker(flow, &ticket, to.key.as_ref()), key: to.key };
+        let worker = ticket.partition.or_else(|| to.key.as_ref().map(hash));
+        let group = Group { worker: worker.map(|place| self.home(place)), key: to.key };
         let entry = BatchEntry { ticket, item: to.item, failure: None };
         let item = Item { group, weight, flush: to.flush, entry };
-        let sent = select! {
-            send(self.items.0, item) -> _ => true,
-            recv(flow.stop.signal) -> _ => false,
-        };
-        flow.left_upstream(usize::from(sent));
-        sent
+        self.queued.add(1);
+        if let Some(item) = send_or_stop(flow, &self.items.0, item) {
+            flow.discard(item.entry.item);
+            return false;
+        }
+        flow.left_upstream(1);
+        true
     }
 
     fn weight<H: Handler<Item = T>>(&self, flow: &Flow<H>, item: &T) -> usize {
         let Some(weigh) = &self.weigh else { return 1 };
         contained_user(|| weigh(item)).unwrap_or_else(|panic| {
-            flow.panicked("batch size", &*panic);
+            flow.panicked("batch size", panic);
             1
         })
     }
 
     /// The worker that must take the item's batch: order within a partition,
     /// and one worker at a time for each key, come from that.
-    fn worker<H: Handler>(
-        &self,
-        flow: &Flow<H>,
-        ticket: &Ticket,
-        key: Option<&Arc<str>>,
-    ) -> Option<usize> {
-        let place = partition_of(flow, &ticket.message).or_else(|| key.map(hash))?;
-        Some((place % self.slots.len() as u64) as usize)
+    fn home(&self, place: u64) -> usize {
+        let mut homes = lock(&self.homes);
+        homes.settled = true;
+        (place % homes.count as u64) as usize
     }
 
-    /// What waits here, when the pipeline has stopped.
-    pub(crate) fn left(&self) -> Vec<Ticket> {
-        let open = lock(&self.open).drain().into_iter().flat_map(|closed| closed.items);
-        let queued = self.items.1.try_iter();
+    /// Changes the number of workers; `false` when batches belong to workers.
+    pub(crate) fn resize(&self, workers: usize) -> bool {
+        let mut homes = lock(&self.homes);
+        if homes.settled {
+            return false;
+        }
+        homes.count = workers.min(self.own.len());
+        self.workers.resize(workers);
+        true
+    }
+
+    /// Drops what waits here, when it has been returned.
+    pub(crate) fn clear<H: Handler<Item = T>>(&self, flow: &Flow<H>) {
+        let open = lock(&self.open).drain();
         let own = self.own.iter().flat_map(|(_, receiver)| receiver.try_iter());
-        let closed = self.shared.1.try_iter().chain(own).flat_map(|closed| closed.items);
-        open.chain(queued).chain(closed).map(|item| item.entry.ticket).collect()
-    }
-
-    pub(crate) fn depth(&self) -> usize {
-        let own: usize = self.own.iter().map(|(_, receiver)| receiver.len()).sum();
-        self.items.1.len() + lock(&self.open).len() + self.shared.1.len() + own
+        let closed = open.into_iter().chain(self.shared.1.try_iter()).chain(own);
+        let items = closed.flat_map(|closed| closed.items).chain(self.items.1.try_iter());
+        self.queued.clear();
+        for item in items {
+            if let Err(panic) = contained(|| drop(item)) {
+                flow.panicked("Item::drop", panic);
+            }
+        }
     }
 }
 
@@ -137,7 +158,8 @@ impl<T: Send + 'static> Batcher<T> {
 pub(crate) fn run<H: Handler>(flow: &Arc<Flow<H>>, name: &Arc<str>) {
     let Some(batcher) = flow.batchers.get(name) else { return };
     loop {
-        if !batcher.emit(flow, lock(&batcher.open).due(flow.clock.now())) {
+        let due = lock(&batcher.open).due(flow.clock.now());
+        if !batcher.emit(flow, due) {
             return;
         }
         // In the end, nothing waits for company that cannot come.
@@ -147,7 +169,8 @@ pub(crate) fn run<H: Handler>(flow: &Arc<Flow<H>>, name: &Arc<str>) {
                 return;
             }
         }
-        if let Some(at) = lock(&batcher.open).deadline() {
+        let deadline = lock(&batcher.open).deadline();
+        if let Some(at) = deadline {
             flow.timer.arm(flow.batcher_owner(batcher.index), at);
         }
         select! {
@@ -174,7 +197,8 @@ impl<T: Send + 'static> Batcher<T> {
         closed
     }
 
-    /// Hands closed batches to workers; `false` when stopped first.
+    /// Hands closed batches to workers; `false` when stopped first: what nobody
+    /// took is returned.
     fn emit<H: Handler<Item = T>>(&self, flow: &Flow<H>, closed: Vec<Closed<T>>) -> bool {
         let mut closed = closed.into_iter();
         while let Some(batch) = closed.next() {
@@ -184,22 +208,12 @@ impl<T: Send + 'static> Batcher<T> {
             flow.emit(PipelineEvent::Batch { batcher: self.name.to_string(), len, trigger });
             let sender = batch.key.worker.map_or(&self.shared.0, |worker| &self.own[worker].0);
             if let Some(batch) = send_or_stop(flow, sender, batch) {
-                self.keep(flow, std::iter::once(batch).chain(closed));
+                let left = std::iter::once(batch).chain(closed);
+                left.flat_map(|batch| batch.items).for_each(|item| flow.discard(item));
                 return false;
             }
         }
         true
-    }
-
-    /// Puts batches back that nobody took: they are returned.
-    fn keep<H: Handler<Item = T>>(&self, flow: &Flow<H>, batches: impl Iterator<Item = Closed<T>>) {
-        let now = flow.clock.now();
-        let mut open = lock(&self.open);
-        for item in batches.flat_map(|batch| batch.items) {
-            // A group of its own for each item: nothing is closed by this.
-            let group = Group { key: None, worker: None };
-            drop(open.push(now, group, item, 0, false));
-        }
     }
 }
 
@@ -220,21 +234,22 @@ fn send_or_stop<H: Handler, T>(flow: &Flow<H>, sender: &Sender<T>, value: T) -> 
 }
 
 /// The body of a batch worker.
-pub(crate) fn work<H: Handler>(flow: &Arc<Flow<H>>, name: &Arc<str>, index: usize) {
+pub(crate) fn work<H: Handler>(flow: &Arc<Flow<H>>, name: &Arc<str>, slot: &Slot) {
     let Some(batcher) = flow.batchers.get(name) else { return };
-    let slot = &batcher.slots[index];
-    loop {
-        if flow.phase() >= Phase::Stopped {
-            return;
-        }
+    // What a thread before this one has finished and not settled.
+    flow.settle_hand(slot);
+    let nothing = never();
+    let own = batcher.own.get(slot.index).map_or(&nothing, |(_, receiver)| receiver);
+    while flow.phase() < Phase::Stopped && !slot.is_retired() {
         select! {
-            recv(batcher.own[index].1) -> batch => if let Ok(batch) = batch {
+            recv(own) -> batch => if let Ok(batch) = batch {
                 handle(flow, batcher, slot, batch);
             },
             recv(batcher.shared.1) -> batch => if let Ok(batch) = batch {
                 handle(flow, batcher, slot, batch);
             },
-            recv(flow.stop.signal) -> _ => return,
+            recv(slot.retired) -> _ => {}
+            recv(flow.stop.signal) -> _ => {}
         }
     }
 }
@@ -245,6 +260,8 @@ fn handle<H: Handler>(
     slot: &Slot,
     closed: Closed<H::Item>,
 ) {
+    let len = closed.items.len();
+    batcher.queued.add(-count(len));
     let mut batch = Batch {
         batcher: Arc::clone(&batcher.name),
         key: closed.key.key,
@@ -253,34 +270,56 @@ fn handle<H: Handler>(
     };
     let tickets: Vec<Ticket> = batch.entries.iter().map(|entry| entry.ticket.clone()).collect();
     let started = flow.clock.now();
-    begin(slot, &tickets, started);
-    let whole = match contained_user(|| flow.handler.handle_batch(&mut batch)) {
+    slot.begin(&tickets, started);
+    if flow.hub.is_heard() {
+        let (thread, batcher) = (slot.name.clone(), batcher.name.to_string());
+        flow.emit(PipelineEvent::BatchStarted { thread, batcher, len });
+    }
+    let result = contained_user(|| flow.handler.handle_batch(&mut batch));
+    let now = flow.clock.now();
+    slot.returned(started, now);
+    let whole = match result {
         Ok(Ok(())) => None,
         Ok(Err(failure)) => Some(failure),
         Err(panic) => {
             flow.counters.panics.add(1);
-            let text = format!("the batch handler panicked: {}", panic_text(&*panic));
+            let text = format!("the batch handler panicked: {panic}");
             Some(Failure::of(FailureKind::Panic, text, true))
         }
     };
-    let (mut succeeded, mut failed) = (Vec::new(), Vec::new());
-    for entry in batch.entries {
-        match whole.clone().or(entry.failure) {
-            None => succeeded.push(entry.ticket),
-            Some(failure) => match flow.after_failure(entry.ticket, failure) {
-                AfterFailure::Retry(ticket, due) => flow.retry_later(ticket, due),
-                AfterFailure::Final(ticket, failure) => failed.push((ticket, failure)),
-            },
-        }
+    let any_failed = whole.is_some() || batch.entries.iter().any(|entry| entry.failure.is_some());
+    let took = now.saturating_duration_since(started);
+    let (succeeded, failed) = outcomes(flow, batch, whole.as_ref());
+    if flow.hub.is_heard() {
+        let (thread, batcher) = (slot.name.clone(), batcher.name.to_string());
+        flow.emit(PipelineEvent::BatchDone { thread, batcher, len, failed: any_failed, took });
     }
-    let any_failed = !failed.is_empty() || whole.is_some();
-    {
-        let mut hand = lock(&slot.hand);
+    slot.finish(any_failed, |hand| {
         hand.succeeded.extend(succeeded);
         hand.failed.extend(failed);
-    }
-    finish(flow, slot, started, any_failed);
+    });
     flow.settle_hand(slot);
+}
+
+/// What succeeded and what has failed for good; the rest is tried again.
+fn outcomes<H: Handler>(
+    flow: &Flow<H>,
+    batch: Batch<H::Item>,
+    whole: Option<&Failure>,
+) -> (Vec<Ticket>, Vec<(Ticket, Failure)>) {
+    let (mut succeeded, mut failed) = (Vec::new(), Vec::new());
+    for BatchEntry { ticket, item, failure } in batch.entries {
+        flow.discard(item);
+        let Some(failure) = whole.cloned().or(failure) else {
+            succeeded.push(ticket);
+            continue;
+        };
+        match flow.after_failure(&ticket, &failure) {
+            Some(due) => flow.retry_at(due, ticket),
+            None => failed.push((ticket, failure)),
+        }
+    }
+    (succeeded, failed)
 }
 
 fn hash(key: &Arc<str>) -> u64 {

@@ -9,16 +9,19 @@
 //! ```
 //!
 //! Queues and everything a worker has in hand live in [`Flow`], not on a
-//! thread's stack: a worker that dies takes nothing with it.
+//! thread's stack: a worker that dies takes nothing with it. Whatever becomes
+//! of them, the [`Register`] knows every message that is not settled.
 
 pub(crate) mod batcher;
+pub(crate) mod pool;
 pub(crate) mod processor;
+pub(crate) mod register;
 pub(crate) mod settle;
 pub(crate) mod source;
 pub(crate) mod stats;
 pub(crate) mod supervisor;
 
-use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -34,10 +37,12 @@ use crate::logic::backoff::Backoff;
 use crate::logic::rate::Limiter;
 use crate::message::Message;
 use crate::metrics::{Counter, Gauge, PipelineLedger, Report};
-use crate::work::{Acknowledger, Failure, Handler, Settler, Stop, Ticket};
+use crate::work::{Acknowledger, Handler, Settler, Stop, Ticket};
 
 use batcher::Batcher;
-use stats::{Histogram, PipelineEvent, WorkerStats};
+use pool::Pool;
+use register::Register;
+use stats::{Histogram, PipelineEvent};
 
 /// A user's function that says which partition a message belongs to.
 pub(crate) type Partition = Arc<dyn Fn(&Message) -> u64 + Send + Sync>;
@@ -72,7 +77,7 @@ pub(crate) struct Flow<H: Handler> {
     pub(crate) sources: Vec<SourceSlot>,
     /// One for all processors, or, with partitions, one for each.
     pub(crate) lanes: Vec<Lane>,
-    pub(crate) processors: Mutex<Vec<Arc<Slot>>>,
+    pub(crate) processors: Pool,
     pub(crate) batchers: BTreeMap<Arc<str>, Batcher<H::Item>>,
     pub(crate) limiter: Option<Mutex<Limiter>>,
     pub(crate) stop: StopSwitch,
@@ -80,6 +85,8 @@ pub(crate) struct Flow<H: Handler> {
     pub(crate) spawner: Spawner,
     pub(crate) hub: Hub<PipelineEvent>,
     pub(crate) counters: Counters,
+    /// The names of the threads that run.
+    running: Mutex<Vec<String>>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -114,10 +121,7 @@ pub(crate) enum Phase {
 #[derive(Debug)]
 struct State {
     phase: Phase,
-    ledger: PipelineLedger,
-    /// When each pull happened of which messages are in flight, and how many.
-    pulls: BTreeMap<u64, (Instant, usize)>,
-    next_pull: u64,
+    register: Register,
     /// Room that sources have taken for messages they are pulling.
     reserved: usize,
     open_sources: usize,
@@ -141,8 +145,6 @@ pub(crate) struct Ending {
 pub(crate) struct SourceSlot {
     pub(crate) acknowledger: Arc<dyn Acknowledger>,
     pub(crate) settler: Option<Arc<dyn Settler>>,
-    /// Accepted, and waiting for the rate limit or for room in a lane.
-    pub(crate) pulled: Mutex<VecDeque<Ticket>>,
     /// Told to stop waiting when the phase changes.
     pub(crate) wake: Mutex<(Option<Sender<()>>, Receiver<()>)>,
     pub(crate) tick: Tick,
@@ -152,6 +154,8 @@ pub(crate) struct SourceSlot {
 pub(crate) struct Lane {
     pub(crate) sender: Sender<Vec<Ticket>>,
     pub(crate) receiver: Receiver<Vec<Ticket>>,
+    /// Messages in the queue.
+    pub(crate) queued: Gauge,
     pub(crate) retries: Mutex<BinaryHeap<Retry>>,
     pub(crate) tick: Tick,
 }
@@ -161,30 +165,6 @@ pub(crate) struct Lane {
 pub(crate) struct Retry {
     pub(crate) due: Instant,
     pub(crate) ticket: Ticket,
-}
-
-/// What one worker thread has in hand, and what is counted of it. It outlives
-/// the thread.
-#[derive(Debug)]
-pub(crate) struct Slot {
-    pub(crate) name: String,
-    pub(crate) hand: Mutex<Hand>,
-    pub(crate) stats: WorkerStats,
-    /// Dropped to retire the worker.
-    pub(crate) retire: Mutex<Option<Sender<()>>>,
-    pub(crate) retired: Receiver<()>,
-}
-
-#[derive(Debug, Default)]
-pub(crate) struct Hand {
-    /// Taken, and not begun.
-    pub(crate) chunk: VecDeque<Ticket>,
-    /// In the handler since then; `true` once it was reported as slow.
-    pub(crate) current: Vec<Ticket>,
-    pub(crate) since: Option<(Instant, bool)>,
-    /// Finished, and not settled.
-    pub(crate) succeeded: Vec<Ticket>,
-    pub(crate) failed: Vec<(Ticket, Failure)>,
 }
 
 /// A wake-up from the timer: at most one waits.
@@ -234,7 +214,6 @@ impl SourceSlot {
         Self {
             acknowledger,
             settler,
-            pulled: Mutex::default(),
             wake: Mutex::new((Some(sender), receiver)),
             tick: Tick::new(),
         }
@@ -259,24 +238,13 @@ impl SourceSlot {
 impl Lane {
     pub(crate) fn new(capacity: usize) -> Self {
         let (sender, receiver) = bounded(capacity);
-        Self { sender, receiver, retries: Mutex::default(), tick: Tick::new() }
-    }
-}
-
-impl Slot {
-    pub(crate) fn new(name: String) -> Arc<Self> {
-        let (retire, retired) = bounded(0);
-        Arc::new(Self {
-            name,
-            hand: Mutex::default(),
-            stats: WorkerStats::default(),
-            retire: Mutex::new(Some(retire)),
-            retired,
-        })
-    }
-
-    pub(crate) fn is_retired(&self) -> bool {
-        lock(&self.retire).is_none()
+        Self {
+            sender,
+            receiver,
+            queued: Gauge::default(),
+            retries: Mutex::default(),
+            tick: Tick::new(),
+        }
     }
 }
 
@@ -295,7 +263,6 @@ impl<H: Handler> Flow<H> {
         hub: Hub<PipelineEvent>,
     ) -> Self {
         let lanes = if policy.partition.is_some() { processors } else { 1 };
-        let slots = (0..processors).map(|n| Slot::new(format!("broadsock-proc-{n}"))).collect();
         let open_sources = sources.len();
         Self {
             clock,
@@ -303,7 +270,7 @@ impl<H: Handler> Flow<H> {
             handler,
             sources,
             lanes: (0..lanes).map(|_| Lane::new(queue)).collect(),
-            processors: Mutex::new(slots),
+            processors: Pool::new("broadsock-proc".to_owned(), processors),
             batchers: batchers.into_iter().map(|b| (Arc::clone(&b.name), b)).collect(),
             limiter: limiter.map(Mutex::new),
             stop: StopSwitch::new(),
@@ -311,11 +278,10 @@ impl<H: Handler> Flow<H> {
             spawner,
             hub,
             counters: Counters::default(),
+            running: Mutex::default(),
             state: Mutex::new(State {
                 phase: Phase::Running,
-                ledger: PipelineLedger::default(),
-                pulls: BTreeMap::new(),
-                next_pull: 0,
+                register: Register::default(),
                 reserved: 0,
                 open_sources,
                 answering: 0,
@@ -350,10 +316,6 @@ impl<H: Handler> Flow<H> {
 
     pub(crate) fn supervisor_owner(&self) -> usize {
         self.source_owner(self.sources.len())
-    }
-
-    pub(crate) fn slots(&self) -> Vec<Arc<Slot>> {
-        lock(&self.processors).clone()
     }
 
     pub(crate) fn phase(&self) -> Phase {
@@ -403,7 +365,7 @@ impl<H: Handler> Flow<H> {
     fn wait_until_settled(&self) -> bool {
         let began = self.clock.now();
         let mut state = lock(&self.state);
-        while state.ledger.in_flight > 0 && state.phase < Phase::Stopped {
+        while state.register.ledger().in_flight > 0 && state.phase < Phase::Stopped {
             state = match state.deadline {
                 None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
                 Some((work, _)) => {
@@ -417,7 +379,7 @@ impl<H: Handler> Flow<H> {
                 }
             };
         }
-        state.ledger.in_flight == 0
+        state.register.ledger().in_flight == 0
     }
 
     /// When work must be over.
@@ -430,42 +392,38 @@ impl<H: Handler> Flow<H> {
         lock(&self.state).deadline.map(|(_, end)| end)
     }
 
-    /// Waits for room, and reserves it for up to `most` messages; 0 when the
-    /// pipeline has stopped. What is reserved must be accepted or given up.
-    pub(crate) fn reserve(&self, most: usize) -> usize {
+    /// Waits for room, and reserves it for up to `most` messages, which must be
+    /// accepted or given up. `open` is whether the source has not begun its end.
+    pub(crate) fn reserve(&self, most: usize, open: bool) -> Room {
         let mut state = lock(&self.state);
         loop {
-            let taken = state.ledger.in_flight_count() + state.reserved;
+            let taken = state.register.ledger().in_flight_count() + state.reserved;
             let room = self.policy.max_in_flight.saturating_sub(taken).min(most);
             match state.phase {
+                Phase::Draining if open => return Room::End,
                 Phase::Running | Phase::Draining if room > 0 => {
                     state.reserved += room;
-                    return room;
+                    return Room::For(room);
                 }
-                Phase::Stopped | Phase::Ended => return 0,
+                Phase::Stopped | Phase::Ended => return Room::Stopped,
                 _ => {}
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// Turns a reservation into `count` accepted messages, and gives up the rest;
-    /// returns the number of this pull.
-    pub(crate) fn accept(&self, count: usize, reserved: usize) -> u64 {
+    /// Turns a reservation into accepted messages, and gives up the rest;
+    /// returns the number of this pull, if it brought any.
+    pub(crate) fn accept(&self, messages: &[Message], reserved: usize) -> Option<u64> {
         let now = self.clock.now();
         let mut state = lock(&self.state);
-        let pull = state.next_pull;
-        if count > 0 {
-            state.next_pull += 1;
-            state.pulls.insert(pull, (now, count));
-        }
         state.reserved -= reserved;
-        state.ledger.accepted += count as u64;
-        state.ledger.in_flight += count as u64;
-        self.counters.upstream.add(i64::try_from(count).unwrap_or(i64::MAX));
-        let freed = count < reserved;
+        let pull = state.register.accept(now, messages);
+        if pull.is_some() {
+            self.counters.upstream.add(count(messages.len()));
+        }
         drop(state);
-        if freed {
+        if messages.len() < reserved {
             self.changed.notify_all();
         }
         pull
@@ -474,16 +432,36 @@ impl<H: Handler> Flow<H> {
     /// How long ago the oldest message in flight was accepted.
     pub(crate) fn oldest(&self) -> Option<Duration> {
         let now = self.clock.now();
-        let state = lock(&self.state);
-        let (at, _) = state.pulls.first_key_value()?.1;
-        Some(now.saturating_duration_since(*at))
+        let at = lock(&self.state).register.oldest()?;
+        Some(now.saturating_duration_since(at))
+    }
+
+    /// Ends the books: whatever is not settled is returned.
+    pub(crate) fn give_back(&self) {
+        {
+            let mut state = lock(&self.state);
+            state.phase = Phase::Ended;
+            let returned = state.register.close();
+            state.ending.returned.extend(returned);
+        }
+        self.changed.notify_all();
+    }
+
+    /// Drops what waits in queues, when it has been returned.
+    pub(crate) fn clear(&self) {
+        for lane in &self.lanes {
+            lane.receiver.try_iter().for_each(drop);
+            lane.queued.clear();
+            lock(&lane.retries).clear();
+        }
+        self.batchers.values().for_each(|batcher| batcher.clear(self));
     }
 
     /// `count` messages have left the processors' part for good. When the last
     /// one has, while draining, open batches have nothing to wait for.
-    pub(crate) fn left_upstream(&self, count: usize) {
-        let count = i64::try_from(count).unwrap_or(i64::MAX);
-        if count > 0 && self.counters.upstream.add(-count) == 0 && self.phase() >= Phase::Draining {
+    pub(crate) fn left_upstream(&self, messages: usize) {
+        let left = messages > 0 && self.counters.upstream.add(-count(messages)) == 0;
+        if left && self.phase() >= Phase::Draining {
             self.batchers.values().for_each(|batcher| batcher.tick.fire());
         }
     }
@@ -516,11 +494,13 @@ impl<H: Handler> Flow<H> {
     /// Whether everything accepted is settled and nothing more will come.
     pub(crate) fn is_drained(&self) -> bool {
         let state = lock(&self.state);
-        state.phase >= Phase::Draining && state.open_sources == 0 && state.ledger.in_flight == 0
+        state.phase >= Phase::Draining
+            && state.open_sources == 0
+            && state.register.ledger().in_flight == 0
     }
 
     pub(crate) fn ledger(&self) -> PipelineLedger {
-        lock(&self.state).ledger
+        lock(&self.state).register.ledger()
     }
 
     pub(crate) fn ending(&self) -> Ending {
@@ -536,9 +516,52 @@ impl<H: Handler> Flow<H> {
         let _ = self.spawner.monitor.try_send(Notice::Tick);
     }
 
+    /// Runs a thread's body, and knows it by its name meanwhile.
+    pub(crate) fn run_as(&self, name: String, body: impl FnOnce()) {
+        lock(&self.running).push(name.clone());
+        let _guard = Running { running: &self.running, name };
+        body();
+    }
+
+    /// The names of the threads that run.
+    pub(crate) fn running(&self) -> Vec<String> {
+        lock(&self.running).clone()
+    }
+
     pub(crate) fn emit(&self, event: PipelineEvent) {
         self.hub.emit(event);
     }
+}
+
+/// Strikes a thread off the list when it ends, also by a panic.
+struct Running<'f> {
+    running: &'f Mutex<Vec<String>>,
+    name: String,
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        let mut running = lock(self.running);
+        if let Some(place) = running.iter().position(|name| *name == self.name) {
+            running.swap_remove(place);
+        }
+    }
+}
+
+/// Room for a source's next messages.
+#[derive(Debug)]
+pub(crate) enum Room {
+    /// Reserved for so many.
+    For(usize),
+    /// The pipeline drains: the source has to begin its end first.
+    End,
+    /// There will be none.
+    Stopped,
+}
+
+/// A number of messages, for a gauge.
+pub(crate) fn count(messages: usize) -> i64 {
+    i64::try_from(messages).unwrap_or(i64::MAX)
 }
 
 impl PartialEq for Retry {

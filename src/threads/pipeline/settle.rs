@@ -1,11 +1,21 @@
 //! Settlement: what happens once to each message when its outcome is known.
 
-use std::any::Any;
-
+use super::pool::Slot;
+use super::register::Claim;
 use super::stats::PipelineEvent;
-use super::{Flow, Phase, Slot, lock};
-use crate::threads::{contained_user, panic_text};
+use super::{Flow, Phase, lock};
+use crate::message::Message;
+use crate::threads::Killed;
 use crate::work::{Failed, Failure, Handler, Succeeded, Ticket};
+
+/// Messages that the caller alone settles, by what has to be done for them.
+#[derive(Default)]
+struct Claimed {
+    succeeded: Vec<Ticket>,
+    failed: Vec<(Ticket, Failure)>,
+    /// Acknowledged before their batch: they cannot fail any more.
+    early: Vec<Ticket>,
+}
 
 impl<H: Handler> Flow<H> {
     /// Settles what a worker has finished.
@@ -14,97 +24,122 @@ impl<H: Handler> Flow<H> {
             let mut hand = lock(&slot.hand);
             (std::mem::take(&mut hand.succeeded), std::mem::take(&mut hand.failed))
         };
-        self.settle(succeeded, failed);
+        if !succeeded.is_empty() || !failed.is_empty() {
+            self.settle(succeeded, failed);
+        }
     }
 
     /// Settles messages: the failure hook, the acknowledgers, the sources'
-    /// records, the ledger, and with it room for others; in this order.
-    pub(crate) fn settle(&self, succeeded: Vec<Ticket>, failed: Vec<(Ticket, Failure)>) {
-        if succeeded.is_empty() && failed.is_empty() || self.phase() == Phase::Ended {
-            return;
-        }
-        let all = succeeded.iter().chain(failed.iter().map(|(ticket, _)| ticket));
-        let unbatched = all.clone().filter(|ticket| !ticket.batched).count();
-        let pulls: Vec<u64> = all.map(|ticket| ticket.pull).collect();
-        // What was acknowledged early cannot fail any more.
-        let (late, failed): (Vec<_>, Vec<_>) =
-            failed.into_iter().partition(|(ticket, _)| ticket.acknowledged);
-        let failed: Vec<(usize, Failed)> = failed.into_iter().map(report_failed).collect();
+    /// records, the ledger, and with it room for others; in this order, and all
+    /// of it whatever user code does, as nobody else will.
+    fn settle(&self, succeeded: Vec<Ticket>, failed: Vec<(Ticket, Failure)>) {
+        let mut killed = Killed::default();
+        let claimed = self.claim(succeeded, failed);
+        let failed: Vec<(Ticket, Failed)> = claimed
+            .failed
+            .into_iter()
+            .map(|(ticket, failure)| (ticket.clone(), report_failed(ticket, failure)))
+            .collect();
         if !failed.is_empty() {
             let all: Vec<Failed> = failed.iter().map(|(_, failed)| failed.clone()).collect();
-            self.guarded("handle_failed", || self.handler.handle_failed(&all));
+            self.guarded("handle_failed", &mut killed, || self.handler.handle_failed(&all));
         }
         for source in 0..self.sources.len() {
-            let good: Vec<Succeeded> = succeeded
-                .iter()
-                .filter(|ticket| ticket.source == source && !ticket.acknowledged)
-                .map(report_succeeded)
-                .collect();
-            let bad: Vec<Failed> =
-                failed.iter().filter(|(of, _)| *of == source).map(|(_, f)| f.clone()).collect();
-            self.acknowledge(source, &good, &bad);
+            let succeeded = claimed.succeeded.iter().filter(|ticket| ticket.source == source);
+            let good: Vec<Succeeded> = succeeded.map(report_succeeded).collect();
+            let failed = failed.iter().filter(|(ticket, _)| ticket.source == source);
+            let bad: Vec<Failed> = failed.map(|(_, failed)| failed.clone()).collect();
+            self.acknowledge(source, &good, &bad, &mut killed);
         }
-        let now = self.clock.now();
-        for ticket in succeeded.iter().chain(late.iter().map(|(ticket, _)| ticket)) {
-            self.note(ticket.source, &ticket.message, true);
-            let received = ticket.message.metadata().received_at;
-            self.counters.latency.record(now.saturating_duration_since(received));
-        }
-        for (source, failed) in &failed {
-            self.note(*source, &failed.message, false);
-        }
-        self.enter_in_ledger(succeeded.len() + late.len(), failed.len(), &pulls);
+        let good: Vec<Ticket> = claimed.succeeded.into_iter().chain(claimed.early).collect();
+        let bad: Vec<Ticket> = failed.into_iter().map(|(ticket, _)| ticket).collect();
+        self.note(&good, true, &mut killed);
+        self.note(&bad, false, &mut killed);
+        self.enter_in_ledger(&good, &bad);
+        let unbatched = good.iter().chain(&bad).filter(|ticket| !ticket.batched).count();
         self.left_upstream(unbatched);
+        killed.die();
     }
 
-    /// Acknowledges one message as a success before its batch.
-    pub(crate) fn acknowledge_early(&self, ticket: &mut Ticket) {
-        self.acknowledge(ticket.source, &[report_succeeded(ticket)], &[]);
-        ticket.acknowledged = true;
+    /// Leaves out what somebody else settles or has settled.
+    fn claim(&self, succeeded: Vec<Ticket>, failed: Vec<(Ticket, Failure)>) -> Claimed {
+        let mut claimed = Claimed::default();
+        let mut state = lock(&self.state);
+        for ticket in succeeded {
+            match state.register.claim(&ticket) {
+                Some(Claim::Fresh) => claimed.succeeded.push(ticket),
+                Some(Claim::Acknowledged) => claimed.early.push(ticket),
+                None => {}
+            }
+        }
+        for (ticket, failure) in failed {
+            match state.register.claim(&ticket) {
+                Some(Claim::Fresh) => claimed.failed.push((ticket, failure)),
+                Some(Claim::Acknowledged) => claimed.early.push(ticket),
+                None => {}
+            }
+        }
+        claimed
     }
 
-    fn acknowledge(&self, source: usize, good: &[Succeeded], bad: &[Failed]) {
+    /// Acknowledges one message as a success before its batch, unless it was.
+    pub(crate) fn acknowledge_early(&self, ticket: &Ticket) {
+        let first = lock(&self.state).register.acknowledge(ticket);
+        if first {
+            let mut killed = Killed::default();
+            self.acknowledge(ticket.source, &[report_succeeded(ticket)], &[], &mut killed);
+            killed.die();
+        }
+    }
+
+    pub(crate) fn is_acknowledged(&self, ticket: &Ticket) -> bool {
+        lock(&self.state).register.is_acknowledged(ticket)
+    }
+
+    fn acknowledge(&self, source: usize, good: &[Succeeded], bad: &[Failed], killed: &mut Killed) {
         let count = good.len() + bad.len();
         if count == 0 {
             return;
         }
         let acknowledger = &self.sources[source].acknowledger;
-        let reason = match contained_user(|| acknowledger.acknowledge(good, bad)) {
+        // The error's text is user code too.
+        let told = killed
+            .contain(|| acknowledger.acknowledge(good, bad).map_err(|error| error.to_string()));
+        let reason = match told {
             Ok(Ok(())) => {
                 self.counters.acknowledged.add(count as u64);
+                let (succeeded, failed) = (good.len(), bad.len());
+                self.emit(PipelineEvent::Acknowledged { source, succeeded, failed });
                 return;
             }
-            Ok(Err(error)) => error.to_string(),
-            Err(panic) => format!("it panicked: {}", panic_text(&*panic)),
+            Ok(Err(error)) => error,
+            Err(panic) => {
+                self.counters.panics.add(1);
+                format!("it panicked: {panic}")
+            }
         };
         self.counters.acknowledge_failures.add(count as u64);
         self.emit(PipelineEvent::AcknowledgeFailed { count, reason });
     }
 
-    fn note(&self, source: usize, message: &crate::message::Message, success: bool) {
-        if let Some(settler) = &self.sources[source].settler {
-            self.guarded("settler", || settler.settled(message, success));
+    /// Tells the sources' records, and counts how long it took.
+    fn note(&self, tickets: &[Ticket], success: bool, killed: &mut Killed) {
+        let now = self.clock.now();
+        for Ticket { message, source, .. } in tickets {
+            if let Some(settler) = &self.sources[*source].settler {
+                self.guarded("settler", killed, || settler.settled(message, success));
+            }
+            if success {
+                self.counters.latency.record(latency(message, now));
+            }
         }
     }
 
-    fn enter_in_ledger(&self, succeeded: usize, failed: usize, pulls: &[u64]) {
+    fn enter_in_ledger(&self, good: &[Ticket], bad: &[Ticket]) {
         let mut state = lock(&self.state);
-        if state.phase == Phase::Ended {
-            return;
-        }
-        state.ledger.succeeded += succeeded as u64;
-        state.ledger.failed += failed as u64;
-        let settled = (succeeded + failed) as u64;
-        state.ledger.in_flight = state.ledger.in_flight.saturating_sub(settled);
-        for pull in pulls {
-            if let Some((_, left)) = state.pulls.get_mut(pull) {
-                *left -= 1;
-                if *left == 0 {
-                    state.pulls.remove(pull);
-                }
-            }
-        }
-        let empty = state.ledger.in_flight == 0 && state.phase >= Phase::Draining;
+        good.iter().for_each(|ticket| state.register.settle(ticket, true));
+        bad.iter().for_each(|ticket| state.register.settle(ticket, false));
+        let empty = state.register.ledger().in_flight == 0 && state.phase >= Phase::Draining;
         drop(state);
         self.changed.notify_all();
         if empty {
@@ -113,17 +148,21 @@ impl<H: Handler> Flow<H> {
     }
 
     /// Runs user code whose failure harms nothing.
-    pub(crate) fn guarded(&self, hook: &'static str, run: impl FnOnce()) {
-        if let Err(panic) = contained_user(run) {
-            self.panicked(hook, &*panic);
+    fn guarded(&self, hook: &'static str, killed: &mut Killed, run: impl FnOnce()) {
+        if let Err(message) = killed.contain(run) {
+            self.panicked(hook, message);
         }
     }
 
-    /// Counts a panic of user code, and tells of it.
-    pub(crate) fn panicked(&self, hook: &'static str, panic: &(dyn Any + Send)) {
+    /// Counts and tells of a panic of user code that was contained.
+    pub(crate) fn panicked(&self, hook: &'static str, message: String) {
         self.counters.panics.add(1);
-        self.emit(PipelineEvent::Panic { hook, message: panic_text(panic) });
+        self.emit(PipelineEvent::Panic { hook, message });
     }
+}
+
+fn latency(message: &Message, now: std::time::Instant) -> std::time::Duration {
+    now.saturating_duration_since(message.metadata().received_at)
 }
 
 fn report_succeeded(ticket: &Ticket) -> Succeeded {
@@ -134,12 +173,11 @@ fn report_succeeded(ticket: &Ticket) -> Succeeded {
     }
 }
 
-fn report_failed((ticket, failure): (Ticket, Failure)) -> (usize, Failed) {
-    let failed = Failed {
+fn report_failed(ticket: Ticket, failure: Failure) -> Failed {
+    Failed {
         message: ticket.message,
         attempts: ticket.attempts,
         tag: failure.tag.clone().or(ticket.tag),
         failure,
-    };
-    (ticket.source, failed)
+    }
 }

@@ -1,13 +1,15 @@
 //! A source's thread: pulls messages within room and rate, and deals them out.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::{bounded, select};
 
-use super::{Flow, Phase, lock};
+use super::{Flow, Phase, Room, count, lock};
+use crate::error::{Error, ErrorKind};
 use crate::message::Message;
-use crate::threads::contained_user;
+use crate::threads::{contained, contained_user};
 use crate::work::{Handler, Pull, Source, Stop, Ticket};
 
 /// How long a source may take to close while the pipeline drains.
@@ -17,37 +19,27 @@ const CLOSE: Duration = Duration::from_secs(5);
 const PULL: usize = 256;
 
 /// The thread's body.
-pub(crate) fn run<H: Handler>(flow: &Arc<Flow<H>>, index: usize, mut source: Box<dyn Source>) {
-    let mut intake = Intake::Open;
-    loop {
-        if intake == Intake::Answering && flow.wait_settled() {
-            intake = Intake::LastLook;
-        } else if matches!(intake, Intake::Answering | Intake::Answered) {
-            close(flow, index, &mut *source);
-            intake = Intake::Closed;
-        }
-        let room = flow.reserve(PULL);
-        if room == 0 {
-            break;
-        }
-        let pulled = turn(flow, index, &mut *source, &mut intake, room);
-        let count = pulled.as_ref().map_or(0, Vec::len);
-        let pull = flow.accept(count, room);
-        let Some(messages) = pulled else { break };
-        if !deal(flow, index, messages, pull) {
-            break;
-        }
+pub(crate) fn run<H: Handler>(flow: &Arc<Flow<H>>, index: usize, source: Box<dyn Source>) {
+    let mut intake = Intake { flow, index, source, state: State::Open };
+    intake.run();
+    intake.close();
+    if let Err(panic) = contained(|| drop(intake)) {
+        flow.panicked("Source::drop", panic);
     }
-    if intake != Intake::Closed {
-        close(flow, index, &mut *source);
-    }
-    drop(source);
     flow.source_ended();
+}
+
+/// A source, and how it is taken in.
+struct Intake<'f, H: Handler> {
+    flow: &'f Flow<H>,
+    index: usize,
+    source: Box<dyn Source>,
+    state: State,
 }
 
 /// How far a source is on its way to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Intake {
+enum State {
     Open,
     /// Reads nothing new; what was read is pulled.
     Quiet,
@@ -59,155 +51,182 @@ enum Intake {
     Closed,
 }
 
-/// Pulls once; `None` at the source's end.
-fn turn<H: Handler>(
-    flow: &Flow<H>,
-    index: usize,
-    source: &mut dyn Source,
-    intake: &mut Intake,
-    room: usize,
-) -> Option<Vec<Message>> {
-    let mut stop = flow.sources[index].stop();
-    // Looked at after the signal was taken: a change before it is seen here, one
-    // after it is signalled.
-    let phase = flow.phase();
-    if phase == Phase::Paused || phase >= Phase::Stopped {
-        return Some(Vec::new());
-    }
-    if phase == Phase::Draining && *intake == Intake::Open {
-        *intake = begin_end(flow, index, source);
-    }
-    if matches!(intake, Intake::Quiet | Intake::LastLook) {
-        // Nothing is waited for.
-        stop = Stop { signal: bounded(0).1 };
-    }
-    match contained_user(|| source.pull(room, &stop)) {
-        Ok(Pull::Messages(messages)) => {
-            *intake = match (*intake, messages.is_empty()) {
-                (Intake::Quiet, true) => Intake::Answering,
-                (Intake::LastLook, true) => Intake::Answered,
-                (Intake::LastLook, false) => Intake::Quiet,
-                (same, _) => same,
+impl<H: Handler> Intake<'_, H> {
+    fn run(&mut self) {
+        loop {
+            match self.state {
+                State::Answering if self.flow.wait_settled() => self.state = State::LastLook,
+                State::Answering | State::Answered => self.close(),
+                _ => {}
+            }
+            let room = match self.flow.reserve(PULL, self.state == State::Open) {
+                Room::For(room) => room,
+                Room::End => {
+                    self.begin_end();
+                    continue;
+                }
+                Room::Stopped => return,
             };
-            Some(messages)
-        }
-        Ok(Pull::Ended) => None,
-        Err(panic) => {
-            flow.panicked("Source::pull", &*panic);
-            None
+            let pulled = self.pull(room);
+            let messages = pulled.as_deref().unwrap_or_default();
+            if let Some(pull) = self.flow.accept(messages, room) {
+                let tickets = self.tickets(messages, pull);
+                if !self.deal(tickets) {
+                    return;
+                }
+            }
+            if pulled.is_none() {
+                return;
+            }
         }
     }
-}
 
-fn begin_end<H: Handler>(flow: &Flow<H>, index: usize, source: &mut dyn Source) -> Intake {
-    if contained_user(|| source.stop_reading()).unwrap_or(false) {
-        return Intake::Quiet;
-    }
-    close(flow, index, source);
-    Intake::Closed
-}
-
-fn close<H: Handler>(flow: &Flow<H>, index: usize, source: &mut dyn Source) {
-    // Half of what is left is for processing what the source still gives.
-    let left = flow.deadline().map(|at| at.saturating_duration_since(flow.clock.now()) / 2);
-    let deadline = left.map_or(CLOSE, |left| left.min(CLOSE));
-    let report = contained_user(|| source.close(deadline)).ok().flatten();
-    flow.update_ending(|ending| ending.reports[index] = report);
-}
-
-/// Accepts messages and deals them to the lanes; `false` when stopped.
-fn deal<H: Handler>(flow: &Flow<H>, index: usize, messages: Vec<Message>, pull: u64) -> bool {
-    let slot = &flow.sources[index];
-    lock(&slot.pulled).extend(messages.into_iter().map(|message| Ticket {
-        message,
-        source: index,
-        attempts: 0,
-        pull,
-        tag: None,
-        acknowledged: false,
-        batched: false,
-    }));
-    loop {
-        let waiting = lock(&slot.pulled).len();
-        if waiting == 0 {
-            return true;
+    /// Pulls once; `None` at the source's end.
+    fn pull(&mut self, room: usize) -> Option<Vec<Message>> {
+        let mut stop = self.flow.sources[self.index].stop();
+        // Looked at after the signal was taken: a change before it is seen here,
+        // one after it is signalled.
+        match self.flow.phase() {
+            Phase::Running => {}
+            Phase::Draining if self.state != State::Open => {}
+            _ => return Some(Vec::new()),
         }
-        let granted = granted(flow, index, waiting);
-        if granted == 0 {
-            if !wait_for_rate(flow, index) {
+        if matches!(self.state, State::Quiet | State::LastLook) {
+            // Nothing is waited for.
+            stop = Stop { signal: bounded(0).1 };
+        }
+        match contained_user(|| self.source.pull(room, &stop)) {
+            Ok(Pull::Messages(messages)) => {
+                self.state = match (self.state, messages.is_empty()) {
+                    (State::Quiet, true) => State::Answering,
+                    (State::LastLook, true) => State::Answered,
+                    (State::LastLook, false) => State::Quiet,
+                    (same, _) => same,
+                };
+                Some(messages)
+            }
+            Ok(Pull::Ended) => None,
+            Err(panic) => {
+                let phrase = format!("source {} panicked: {panic}", self.index);
+                self.flow.panicked("Source::pull", panic);
+                self.flow.update_ending(|ending| {
+                    ending.error.get_or_insert(Error::new(ErrorKind::Panicked, phrase));
+                });
+                None
+            }
+        }
+    }
+
+    /// The pipeline drains: reads nothing new, or closes at once.
+    fn begin_end(&mut self) {
+        match contained_user(|| self.source.stop_reading()) {
+            Ok(true) => self.state = State::Quiet,
+            Ok(false) => self.close(),
+            Err(panic) => {
+                self.flow.panicked("Source::stop_reading", panic);
+                self.close();
+            }
+        }
+    }
+
+    /// Closes the source, once.
+    fn close(&mut self) {
+        if std::mem::replace(&mut self.state, State::Closed) == State::Closed {
+            return;
+        }
+        // Half of what is left is for processing what the source still gives.
+        let now = self.flow.clock.now();
+        let left = self.flow.deadline().map(|at| at.saturating_duration_since(now) / 2);
+        let deadline = left.map_or(CLOSE, |left| left.min(CLOSE));
+        match contained_user(|| self.source.close(deadline)) {
+            Ok(report) => self.flow.update_ending(|ending| ending.reports[self.index] = report),
+            Err(panic) => self.flow.panicked("Source::close", panic),
+        }
+    }
+
+    fn tickets(&self, messages: &[Message], pull: u64) -> VecDeque<Ticket> {
+        let ticket = |(place, message): (u32, &Message)| {
+            let mut ticket = Ticket::new(message.clone(), self.index, pull, place);
+            ticket.partition = partition_of(self.flow, message);
+            ticket
+        };
+        (0..).zip(messages).map(ticket).collect()
+    }
+
+    /// Deals messages to the lanes as the rate allows; `false` when stopped.
+    fn deal(&mut self, mut tickets: VecDeque<Ticket>) -> bool {
+        while !tickets.is_empty() {
+            let granted = self.granted(tickets.len());
+            let go_on = if granted == 0 {
+                self.wait_for_rate()
+            } else {
+                self.send(tickets.drain(..granted))
+            };
+            if !go_on {
                 return false;
             }
-            continue;
         }
-        if !send(flow, index, granted) {
-            return false;
+        true
+    }
+
+    fn granted(&self, want: usize) -> usize {
+        let Some(limiter) = &self.flow.limiter else { return want };
+        let now = self.flow.clock.now();
+        let (granted, next) = {
+            let mut limiter = lock(limiter);
+            (limiter.take(now, want), limiter.next(now))
+        };
+        if granted == 0
+            && let Some(at) = next
+        {
+            self.flow.timer.arm(self.flow.source_owner(self.index), at);
         }
+        granted
     }
-}
 
-fn granted<H: Handler>(flow: &Flow<H>, index: usize, want: usize) -> usize {
-    let Some(limiter) = &flow.limiter else { return want };
-    let now = flow.clock.now();
-    let mut limiter = lock(limiter);
-    let granted = limiter.take(now, want);
-    if granted == 0
-        && let Some(at) = limiter.next(now)
-    {
-        drop(limiter);
-        flow.timer.arm(flow.source_owner(index), at);
+    fn wait_for_rate(&mut self) -> bool {
+        let go_on = select! {
+            recv(self.flow.sources[self.index].tick.receiver) -> _ => true,
+            recv(self.flow.stop.signal) -> _ => false,
+        };
+        // It must not take in more while what it gave is dealt out slowly.
+        if self.flow.phase() == Phase::Draining && self.state == State::Open {
+            self.begin_end();
+        }
+        go_on
     }
-    granted
-}
 
-fn wait_for_rate<H: Handler>(flow: &Flow<H>, index: usize) -> bool {
-    select! {
-        recv(flow.sources[index].tick.receiver) -> _ => true,
-        recv(flow.stop.signal) -> _ => false,
-    }
-}
-
-/// Sends the first `count` of the messages pulled to their lanes.
-fn send<H: Handler>(flow: &Flow<H>, index: usize, count: usize) -> bool {
-    let mut dealt: Vec<Vec<Ticket>> = flow.lanes.iter().map(|_| Vec::new()).collect();
-    for ticket in lock(&flow.sources[index].pulled).iter().take(count) {
-        let lane = lane(flow, &ticket.message);
-        dealt[lane].push(ticket.clone());
-    }
-    for (lane, tickets) in dealt.into_iter().enumerate() {
-        for chunk in tickets.chunks(flow.policy.chunk) {
-            select! {
-                send(flow.lanes[lane].sender, chunk.to_vec()) -> _ => {}
-                recv(flow.stop.signal) -> _ => return false,
+    /// Sends messages to their lanes, in chunks.
+    fn send(&self, tickets: impl Iterator<Item = Ticket>) -> bool {
+        let mut dealt: Vec<Vec<Ticket>> = self.flow.lanes.iter().map(|_| Vec::new()).collect();
+        for ticket in tickets {
+            dealt[self.flow.lane_of(&ticket)].push(ticket);
+        }
+        for (lane, tickets) in self.flow.lanes.iter().zip(dealt) {
+            for chunk in tickets.chunks(self.flow.policy.chunk) {
+                lane.queued.add(count(chunk.len()));
+                select! {
+                    send(lane.sender, chunk.to_vec()) -> _ => {}
+                    recv(self.flow.stop.signal) -> _ => return false,
+                }
             }
-            let mut pulled = lock(&flow.sources[index].pulled);
-            forget_sent(&mut pulled, chunk);
         }
+        true
     }
-    true
 }
 
-/// Takes what was sent out of what was pulled: a message is in one place only.
-fn forget_sent(pulled: &mut std::collections::VecDeque<Ticket>, sent: &[Ticket]) {
-    let mut sent = sent.iter().peekable();
-    pulled.retain(|ticket| match sent.peek() {
-        Some(first) if first.message.is_same(&ticket.message) => {
-            sent.next();
-            false
-        }
-        _ => true,
-    });
-}
-
-fn lane<H: Handler>(flow: &Flow<H>, message: &Message) -> usize {
-    partition_of(flow, message)
-        .map_or(0, |partition| (partition % flow.lanes.len() as u64) as usize)
+impl<H: Handler> Flow<H> {
+    /// The lane of the worker that a message belongs to.
+    pub(crate) fn lane_of(&self, ticket: &Ticket) -> usize {
+        (ticket.partition.unwrap_or(0) % self.lanes.len() as u64) as usize
+    }
 }
 
 /// The partition of a message; that of a function that panics is 0.
-pub(crate) fn partition_of<H: Handler>(flow: &Flow<H>, message: &Message) -> Option<u64> {
+fn partition_of<H: Handler>(flow: &Flow<H>, message: &Message) -> Option<u64> {
     let partition = flow.policy.partition.as_ref()?;
-    Some(contained_user(|| partition(message)).unwrap_or_else(|panic| {
-        flow.panicked("partition_by", &*panic);
+    Some(contained_user(|| partition(message)).unwrap_or_else(|message| {
+        flow.panicked("partition_by", message);
         0
     }))
 }

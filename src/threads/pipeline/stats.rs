@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::message::MessageId;
+use crate::message::Metadata;
 use crate::metrics::Counter;
 use crate::threads::events::Told;
 use crate::work::{FailureKind, Trigger};
@@ -20,6 +20,8 @@ pub(crate) struct WorkerStats {
 #[derive(Debug)]
 pub(crate) struct Histogram {
     buckets: [Counter; Self::BUCKETS],
+    /// Microseconds in all.
+    sum: Counter,
 }
 
 impl Histogram {
@@ -28,8 +30,13 @@ impl Histogram {
 
     pub(crate) fn record(&self, took: Duration) {
         let micros = took.as_micros().min(u128::from(u32::MAX)) as u64;
+        self.sum.add(micros);
         let bucket = (u64::BITS - micros.leading_zeros()) as usize;
         self.buckets[bucket.min(Self::BUCKETS - 1)].add(1);
+    }
+
+    pub(crate) fn sum(&self) -> Duration {
+        Duration::from_micros(self.sum.get())
     }
 
     pub(crate) fn counts(&self) -> [u64; Self::BUCKETS] {
@@ -39,7 +46,7 @@ impl Histogram {
 
 impl Default for Histogram {
     fn default() -> Self {
-        Self { buckets: std::array::from_fn(|_| Counter::new()) }
+        Self { buckets: std::array::from_fn(|_| Counter::new()), sum: Counter::new() }
     }
 }
 
@@ -51,10 +58,31 @@ pub enum PipelineEvent {
     Draining,
     /// Sources were paused (`true`) or resumed.
     Paused(bool),
+    /// The first event: the threads are started next.
+    Started {
+        /// What [`Pipeline::topology`](crate::Pipeline::topology) says.
+        topology: String,
+    },
+    /// A processor begins a chunk of messages. Only told while somebody listens.
+    ChunkStarted {
+        /// The worker thread.
+        thread: String,
+        /// How many messages it has.
+        len: usize,
+    },
+    /// A processor has handled its chunk. Only told while somebody listens.
+    ChunkDone {
+        /// The worker thread.
+        thread: String,
+        /// How many messages it had.
+        len: usize,
+        /// How long it took, handlers and waits for batchers.
+        took: Duration,
+    },
     /// A message failed; it is tried again after the delay, if there is one.
     Failed {
-        /// The message's id, if it has one.
-        id: Option<MessageId>,
+        /// Which message it is.
+        message: Metadata,
         /// Tries so far.
         attempt: u32,
         /// The delay before the next.
@@ -73,6 +101,37 @@ pub enum PipelineEvent {
         /// Why it was closed.
         trigger: Trigger,
     },
+    /// A worker begins a batch. Only told while somebody listens.
+    BatchStarted {
+        /// The worker thread.
+        thread: String,
+        /// The batcher.
+        batcher: String,
+        /// How many items it has.
+        len: usize,
+    },
+    /// A worker has handled its batch. Only told while somebody listens.
+    BatchDone {
+        /// The worker thread.
+        thread: String,
+        /// The batcher.
+        batcher: String,
+        /// How many items it had.
+        len: usize,
+        /// Whether any of them failed.
+        failed: bool,
+        /// How long the handler took.
+        took: Duration,
+    },
+    /// An acknowledger was told of messages. Only told while somebody listens.
+    Acknowledged {
+        /// The number of their source, from 0.
+        source: usize,
+        /// How many succeeded.
+        succeeded: usize,
+        /// How many failed.
+        failed: usize,
+    },
     /// [`Handler::prepare`](crate::Handler::prepare) returned an error; its
     /// messages are handled all the same.
     PrepareFailed {
@@ -90,8 +149,8 @@ pub enum PipelineEvent {
     Slow {
         /// The worker thread.
         thread: String,
-        /// The message's id, if it has one.
-        id: Option<MessageId>,
+        /// Which message it is: the first one of a batch.
+        message: Option<Metadata>,
         /// For how long.
         running_for: Duration,
     },
@@ -129,17 +188,27 @@ impl Told for PipelineEvent {
     fn level(&self) -> log::Level {
         match self {
             PipelineEvent::Batch { .. } => log::Level::Debug,
-            PipelineEvent::Draining | PipelineEvent::Paused(_) | PipelineEvent::Ended { .. } => {
-                log::Level::Info
-            }
+            _ if self.is_fine() => log::Level::Trace,
+            PipelineEvent::Started { .. }
+            | PipelineEvent::Draining
+            | PipelineEvent::Paused(_)
+            | PipelineEvent::Ended { .. } => log::Level::Info,
             PipelineEvent::Failed { .. }
-            | PipelineEvent::PrepareFailed { .. }
-            | PipelineEvent::Slow { .. } => log::Level::Warn,
-            PipelineEvent::Panic { .. }
-            | PipelineEvent::AcknowledgeFailed { .. }
-            | PipelineEvent::Restarting { .. }
-            | PipelineEvent::Escalated { .. } => log::Level::Error,
+            | PipelineEvent::Slow { .. }
+            | PipelineEvent::PrepareFailed { .. } => log::Level::Warn,
+            _ => log::Level::Error,
         }
+    }
+
+    fn is_fine(&self) -> bool {
+        matches!(
+            self,
+            PipelineEvent::ChunkStarted { .. }
+                | PipelineEvent::ChunkDone { .. }
+                | PipelineEvent::BatchStarted { .. }
+                | PipelineEvent::BatchDone { .. }
+                | PipelineEvent::Acknowledged { .. }
+        )
     }
 }
 
@@ -149,8 +218,27 @@ impl fmt::Display for PipelineEvent {
             PipelineEvent::Draining => f.write_str("pipeline drains"),
             PipelineEvent::Paused(true) => f.write_str("pipeline paused"),
             PipelineEvent::Paused(false) => f.write_str("pipeline resumed"),
-            PipelineEvent::Failed { id, attempt, retry_in, reason, .. } => {
-                write!(f, "message {} failed at try {attempt}: {reason}", name(*id))?;
+            PipelineEvent::Started { topology } => {
+                write!(f, "pipeline started: {}", topology.replace('\n', "; "))
+            }
+            PipelineEvent::ChunkStarted { thread, len } => {
+                write!(f, "{thread} begins {len} messages")
+            }
+            PipelineEvent::ChunkDone { thread, len, took } => {
+                write!(f, "{thread} has handled {len} messages in {took:.1?}")
+            }
+            PipelineEvent::BatchStarted { thread, batcher, len } => {
+                write!(f, "{thread} begins {len} items of {batcher}")
+            }
+            PipelineEvent::BatchDone { thread, batcher, len, failed, took } => {
+                let how = if *failed { ", not all well" } else { "" };
+                write!(f, "{thread} has handled {len} items of {batcher} in {took:.1?}{how}")
+            }
+            PipelineEvent::Acknowledged { source, succeeded, failed } => {
+                write!(f, "acknowledged to source {source}: {succeeded} good, {failed} failed")
+            }
+            PipelineEvent::Failed { message, attempt, retry_in, reason, .. } => {
+                write!(f, "message {} failed at try {attempt}: {reason}", name(message))?;
                 match retry_in {
                     Some(delay) => write!(f, " (next try in {delay:.1?})"),
                     None => f.write_str(" (no further try)"),
@@ -161,8 +249,9 @@ impl fmt::Display for PipelineEvent {
             }
             PipelineEvent::PrepareFailed { reason } => write!(f, "preparing failed: {reason}"),
             PipelineEvent::Panic { hook, message } => write!(f, "{hook} panicked: {message}"),
-            PipelineEvent::Slow { thread, id, running_for } => {
-                write!(f, "{thread} has worked on message {} for {running_for:.1?}", name(*id))
+            PipelineEvent::Slow { thread, message, running_for } => {
+                let message = message.as_ref().map_or_else(|| "?".to_owned(), name);
+                write!(f, "{thread} has worked on message {message} for {running_for:.1?}")
             }
             PipelineEvent::AcknowledgeFailed { count, reason } => {
                 write!(f, "acknowledging {count} messages failed: {reason}")
@@ -182,6 +271,10 @@ impl fmt::Display for PipelineEvent {
     }
 }
 
-fn name(id: Option<MessageId>) -> String {
-    id.map_or_else(|| "without id".to_owned(), |id| id.to_string())
+fn name(message: &Metadata) -> String {
+    let Metadata { connection, epoch, sequence, .. } = message;
+    match message.id {
+        Some(id) => id.to_string(),
+        None => format!("{sequence} of connection {connection} epoch {epoch}"),
+    }
 }

@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
+use super::pool::Slot;
 use super::stats::PipelineEvent;
-use super::{Flow, Phase, Slot, batcher, lock, processor, source};
+use super::{Flow, Phase, batcher, lock, processor, source};
 use crate::error::{Error, ErrorKind};
 use crate::logic::restart::{Intensity, Restarts};
-use crate::message::Message;
 use crate::threads::monitor::{MonitorAlarm, Notice};
-use crate::threads::panic_text;
-use crate::work::{Failure, FailureKind, Handler, Source, Ticket};
+use crate::threads::panic_message;
+use crate::work::{Failure, FailureKind, Handler, Source};
 
 /// How long threads may take to end after all is settled, without a deadline.
 const END: Duration = Duration::from_secs(5);
@@ -25,14 +25,17 @@ const END: Duration = Duration::from_secs(5);
 enum Kind {
     Timer,
     Source(usize),
-    Processor(usize),
+    Processor,
     Grouper(Arc<str>),
-    Worker(Arc<str>, usize),
+    Worker(Arc<str>),
+    Undertaker,
 }
 
 struct Child {
     kind: Kind,
     name: String,
+    /// What a worker has in hand.
+    slot: Option<Arc<Slot>>,
     handle: Option<JoinHandle<()>>,
     started: Instant,
     restart_at: Option<Instant>,
@@ -66,79 +69,110 @@ impl<H: Handler> Supervisor<H> {
     }
 
     fn start_all(&mut self, sources: Vec<Box<dyn Source>>) -> Result<(), Error> {
-        self.add(Kind::Timer)?;
+        self.add(Kind::Timer, None)?;
+        self.grow()?;
         let names: Vec<_> = self.flow.batchers.keys().cloned().collect();
         for name in names {
-            for index in 0..self.flow.batchers[&name].slots.len() {
-                self.add(Kind::Worker(Arc::clone(&name), index))?;
-            }
-            self.add(Kind::Grouper(name))?;
+            self.add(Kind::Grouper(name), None)?;
         }
-        self.grow()?;
         for (index, source) in sources.into_iter().enumerate() {
             let flow = Arc::clone(&self.flow);
             let name = format!("broadsock-source-{index}");
             let child = self.children.len();
-            let body = move || source::run(&flow, index, source);
+            let own = name.clone();
+            let body = move || flow.run_as(own, || source::run(&flow, index, source));
             let handle = self.flow.spawner.spawn(&name, child, body)?;
-            self.enlist(Kind::Source(index), name, handle);
+            self.enlist(child, Kind::Source(index), name, None, handle);
         }
         Ok(())
     }
 
-    fn enlist(&mut self, kind: Kind, name: String, handle: JoinHandle<()>) {
-        let started = self.flow.clock.now();
-        self.children.push(Child { kind, name, handle: Some(handle), started, restart_at: None });
-    }
-
-    fn add(&mut self, kind: Kind) -> Result<(), Error> {
-        let child = self.children.len();
-        let (name, handle) = self.spawn(&kind, child)?;
-        self.enlist(kind, name, handle);
-        Ok(())
-    }
-
-    /// Starts a thread for each processor that has none yet.
+    /// Starts a thread for each worker that has none yet.
     fn grow(&mut self) -> Result<(), Error> {
-        let known = self.children.iter().filter(|c| matches!(c.kind, Kind::Processor(_))).count();
-        for index in known..self.flow.slots().len() {
-            self.add(Kind::Processor(index))?;
+        let flow = Arc::clone(&self.flow);
+        let batchers = flow.batchers.values();
+        let pools = batchers.map(|b| (Kind::Worker(Arc::clone(&b.name)), &b.workers));
+        for (kind, pool) in pools.chain([(Kind::Processor, &flow.processors)]) {
+            for slot in pool.slots() {
+                let of = |child: &Child| child.slot.as_ref().is_some_and(|s| Arc::ptr_eq(s, &slot));
+                if !self.children.iter().any(of) {
+                    self.add(kind.clone(), Some(slot))?;
+                }
+            }
         }
         Ok(())
     }
 
-    fn spawn(&self, kind: &Kind, child: usize) -> Result<(String, JoinHandle<()>), Error> {
-        let flow = Arc::clone(&self.flow);
-        let spawner = &self.flow.spawner;
-        match kind.clone() {
-            Kind::Timer => {
-                let supervisor = Arc::new(MonitorAlarm(spawner.monitor.clone()));
-                let alarms = flow.alarms(supervisor);
-                let name = "broadsock-timer".to_owned();
-                let body = move || flow.timer.run(flow.clock, &alarms);
-                Ok((name.clone(), spawner.spawn(&name, child, body)?))
-            }
-            Kind::Processor(index) => {
-                let slot = Arc::clone(&self.flow.slots()[index]);
-                let name = slot.name.clone();
-                let body = move || processor::run(&flow, &slot, index);
-                Ok((name.clone(), spawner.spawn(&name, child, body)?))
-            }
-            Kind::Grouper(batcher) => {
-                let name = format!("broadsock-batcher-{batcher}");
-                let body = move || batcher::run(&flow, &batcher);
-                Ok((name.clone(), spawner.spawn(&name, child, body)?))
-            }
-            Kind::Worker(batcher, index) => {
-                let name = self.flow.batchers[&batcher].slots[index].name.clone();
-                let body = move || batcher::work(&flow, &batcher, index);
-                Ok((name.clone(), spawner.spawn(&name, child, body)?))
-            }
-            Kind::Source(index) => {
-                let phrase = format!("source {index} cannot be started again");
-                Err(Error::new(ErrorKind::Panicked, phrase))
-            }
+    fn add(&mut self, kind: Kind, slot: Option<Arc<Slot>>) -> Result<(), Error> {
+        // A retired worker's place can be had again.
+        let vacant = |child: &Child| {
+            matches!(child.kind, Kind::Processor | Kind::Worker(_)) && child.slot.is_none()
+        };
+        let child = self.children.iter().position(vacant).unwrap_or(self.children.len());
+        let (name, handle) = self.spawn(&kind, slot.clone(), child)?;
+        self.enlist(child, kind, name, slot, handle);
+        Ok(())
+    }
+
+    fn enlist(
+        &mut self,
+        index: usize,
+        kind: Kind,
+        name: String,
+        slot: Option<Arc<Slot>>,
+        handle: JoinHandle<()>,
+    ) {
+        let started = self.flow.clock.now();
+        let child = Child { kind, name, slot, handle: Some(handle), started, restart_at: None };
+        match self.children.get_mut(index) {
+            Some(place) => *place = child,
+            None => self.children.push(child),
         }
+    }
+
+    fn spawn(
+        &self,
+        kind: &Kind,
+        slot: Option<Arc<Slot>>,
+        child: usize,
+    ) -> Result<(String, JoinHandle<()>), Error> {
+        let flow = Arc::clone(&self.flow);
+        let (name, body): (String, Box<dyn FnOnce() + Send>) = match (kind.clone(), slot) {
+            (Kind::Timer, _) => {
+                let monitor = MonitorAlarm(self.flow.spawner.monitor.clone());
+                let alarms = flow.alarms(Arc::new(monitor));
+                let body = Box::new(move || flow.timer.run(flow.clock, &alarms));
+                ("broadsock-timer".to_owned(), body)
+            }
+            (Kind::Processor, Some(slot)) => {
+                (slot.name.clone(), Box::new(move || processor::run(&flow, &slot)))
+            }
+            (Kind::Worker(batcher), Some(slot)) => {
+                (slot.name.clone(), Box::new(move || batcher::work(&flow, &batcher, &slot)))
+            }
+            (Kind::Grouper(batcher), _) => {
+                let name = format!("broadsock-batcher-{batcher}");
+                (name, Box::new(move || batcher::run(&flow, &batcher)))
+            }
+            (Kind::Undertaker, _) => {
+                let slots = self.slots();
+                let body = move || slots.iter().for_each(|slot| flow.settle_hand(slot));
+                ("broadsock-undertaker".to_owned(), Box::new(body))
+            }
+            (Kind::Source(_) | Kind::Processor | Kind::Worker(_), _) => {
+                let phrase = "a source cannot be started again";
+                return Err(Error::new(ErrorKind::Panicked, phrase));
+            }
+        };
+        let (flow, own) = (Arc::clone(&self.flow), name.clone());
+        let body = move || flow.run_as(own, body);
+        let handle = self.flow.spawner.spawn(&name, child, body)?;
+        Ok((name, handle))
+    }
+
+    /// Those of all workers that have not ended, the retired ones included.
+    fn slots(&self) -> Vec<Arc<Slot>> {
+        self.children.iter().filter_map(|child| child.slot.clone()).collect()
     }
 
     /// The thread's body: it ends when every other thread has.
@@ -158,7 +192,9 @@ impl<H: Handler> Supervisor<H> {
             }
             self.restart_due();
             self.report_slow();
-            if let Err(error) = self.grow() {
+            if self.flow.phase() < Phase::Stopped
+                && let Err(error) = self.grow()
+            {
                 self.escalate(error);
             }
         }
@@ -167,7 +203,8 @@ impl<H: Handler> Supervisor<H> {
 
     fn arm(&self, now: Instant) {
         let restarts = self.children.iter().filter_map(|child| child.restart_at);
-        let slow = self.flow.policy.handler_timeout.map(|timeout| now + timeout / 2);
+        let slow = self.flow.policy.handler_timeout;
+        let slow = slow.and_then(|timeout| now.checked_add(timeout / 2));
         if let Some(at) = restarts.chain(self.flow.deadline()).chain(slow).min() {
             self.flow.timer.arm(self.flow.supervisor_owner(), at);
         }
@@ -178,63 +215,34 @@ impl<H: Handler> Supervisor<H> {
     fn ended(&mut self, index: usize) {
         let Some(child) = self.children.get_mut(index) else { return };
         let Some(handle) = child.handle.take() else { return };
-        let Err(payload) = handle.join() else { return };
+        let Err(payload) = handle.join() else {
+            child.slot = None;
+            return;
+        };
         let (kind, name) = (child.kind.clone(), child.name.clone());
-        let reason = format!("it panicked: {}", panic_text(&*payload));
-        if let Some(slot) = self.slot(&kind) {
-            self.bury(&slot, &name);
+        let reason = format!("its thread panicked: {}", panic_message(payload));
+        if let Some(slot) = &child.slot {
+            bury(slot, &name);
         }
-        if let Kind::Source(source) = kind {
-            let pulled: Vec<Ticket> = lock(&self.flow.sources[source].pulled).drain(..).collect();
-            self.fail(pulled, &name);
+        if let Kind::Source(_) = kind {
             self.flow.source_ended();
             self.escalate(Error::new(ErrorKind::Panicked, format!("{name}: {reason}")));
             return;
         }
         let now = self.flow.clock.now();
-        let ran_for = now.saturating_duration_since(self.children[index].started);
+        let ran_for = now.saturating_duration_since(child.started);
         let intensity = self.intensity;
         let pool = self.restarts.entry(pool(&kind)).or_insert_with(|| Restarts::new(intensity));
         match pool.on_end(now, ran_for) {
             Some(delay) => {
-                self.children[index].restart_at = Some(now + delay);
+                child.restart_at = Some(now + delay);
                 self.flow.emit(PipelineEvent::Restarting { thread: name, delay, reason });
             }
             None => {
-                let phrase = format!("{name} {reason} (restarted {intensity} before)");
+                let phrase = format!("{name}: {reason} (restarted {intensity} before)");
                 self.escalate(Error::new(ErrorKind::Panicked, phrase));
             }
         }
-    }
-
-    fn slot(&self, kind: &Kind) -> Option<Arc<Slot>> {
-        match kind {
-            Kind::Processor(index) => self.flow.slots().get(*index).cloned(),
-            Kind::Worker(batcher, index) => {
-                self.flow.batchers.get(batcher)?.slots.get(*index).cloned()
-            }
-            Kind::Timer | Kind::Source(_) | Kind::Grouper(_) => None,
-        }
-    }
-
-    /// Settles what a dead worker had finished, and fails what it had begun.
-    /// What it had only taken stays in its hand, for its successor.
-    fn bury(&self, slot: &Slot, name: &str) {
-        let begun = {
-            let mut hand = lock(&slot.hand);
-            hand.since = None;
-            std::mem::take(&mut hand.current)
-        };
-        self.flow.settle_hand(slot);
-        self.fail(begun, name);
-    }
-
-    fn fail(&self, tickets: Vec<Ticket>, name: &str) {
-        let failed = tickets.into_iter().map(|ticket| {
-            let text = format!("{name} died in the middle of it");
-            (ticket, Failure::of(FailureKind::WorkerDied, text, false))
-        });
-        self.flow.settle(Vec::new(), failed.collect());
     }
 
     fn restart_due(&mut self) {
@@ -245,7 +253,8 @@ impl<H: Handler> Supervisor<H> {
             }
             self.children[index].restart_at = None;
             self.flow.counters.restarts.add(1);
-            match self.spawn(&self.children[index].kind, index) {
+            let Child { kind, slot, .. } = &self.children[index];
+            match self.spawn(kind, slot.clone(), index) {
                 Ok((_, handle)) => {
                     self.children[index].handle = Some(handle);
                     self.children[index].started = now;
@@ -259,17 +268,16 @@ impl<H: Handler> Supervisor<H> {
     fn report_slow(&self) {
         let Some(timeout) = self.flow.policy.handler_timeout else { return };
         let now = self.flow.clock.now();
-        let workers = self.flow.batchers.values().flat_map(|batcher| batcher.slots.iter().cloned());
-        for slot in self.flow.slots().into_iter().chain(workers) {
+        for slot in self.slots() {
             let mut hand = lock(&slot.hand);
             let Some((since, false)) = hand.since else { continue };
             let running_for = now.saturating_duration_since(since);
             if running_for >= timeout {
                 hand.since = Some((since, true));
-                let id = hand.current.first().and_then(|ticket| ticket.message.id());
+                let message = hand.current.first().map(|ticket| ticket.message.metadata());
                 drop(hand);
                 let thread = slot.name.clone();
-                self.flow.emit(PipelineEvent::Slow { thread, id, running_for });
+                self.flow.emit(PipelineEvent::Slow { thread, message, running_for });
             }
         }
     }
@@ -287,15 +295,29 @@ impl<H: Handler> Supervisor<H> {
     fn finish(&mut self) {
         self.flow.enter(Phase::Stopped);
         let end = self.flow.end().unwrap_or_else(|| self.flow.clock.now() + END);
+        self.settle_rest();
         self.wait_for_threads(end);
         let stuck = self.join();
-        let returned = self.flow.give_back(&self.sources_left());
-        self.flow.emit(PipelineEvent::Ended { returned: returned.len(), stuck: stuck.clone() });
-        self.flow.update_ending(|ending| {
-            ending.stuck = stuck;
-            ending.returned = returned;
-        });
+        self.flow.update_ending(|ending| ending.stuck.clone_from(&stuck));
+        self.flow.give_back();
+        let returned = self.flow.ending().returned.len();
+        self.flow.emit(PipelineEvent::Ended { returned, stuck });
+        self.flow.clear();
         self.flow.hub.close();
+    }
+
+    /// What stuck and dead workers have finished is settled all the same, on a
+    /// thread of its own: that is user code too.
+    fn settle_rest(&mut self) {
+        let unsettled = |slot: &Arc<Slot>| {
+            let hand = lock(&slot.hand);
+            !hand.succeeded.is_empty() || !hand.failed.is_empty()
+        };
+        if self.slots().iter().any(unsettled)
+            && let Err(error) = self.add(Kind::Undertaker, None)
+        {
+            log::error!("{}: finished messages are returned", error.chain());
+        }
     }
 
     /// Waits until every thread but the timer has ended, or until `end`.
@@ -309,7 +331,7 @@ impl<H: Handler> Supervisor<H> {
                     if let Some(child) = self.children.get_mut(child)
                         && let Some(handle) = child.handle.take()
                     {
-                        drop(handle.join());
+                        end_of(handle);
                     }
                 }
                 Ok(_) => {}
@@ -326,7 +348,7 @@ impl<H: Handler> Supervisor<H> {
             match child.handle.take() {
                 // The timer has been told, and does not wait for anything else.
                 Some(handle) if child.kind == Kind::Timer || handle.is_finished() => {
-                    drop(handle.join());
+                    end_of(handle);
                 }
                 Some(_) => stuck.push(child.name.clone()),
                 None => {}
@@ -334,45 +356,24 @@ impl<H: Handler> Supervisor<H> {
         }
         stuck
     }
-
-    fn sources_left(&self) -> Vec<Ticket> {
-        self.flow
-            .sources
-            .iter()
-            .flat_map(|source| std::mem::take(&mut *lock(&source.pulled)))
-            .collect()
-    }
 }
 
-impl<H: Handler> Flow<H> {
-    /// Ends the pipeline: whatever is not settled is returned.
-    fn give_back(&self, pulled: &[Ticket]) -> Vec<Message> {
-        let mut left: Vec<Ticket> = pulled.to_vec();
-        for lane in &self.lanes {
-            left.extend(lane.receiver.try_iter().flatten());
-            left.extend(std::mem::take(&mut *lock(&lane.retries)).into_iter().map(|r| r.ticket));
-        }
-        for batcher in self.batchers.values() {
-            left.extend(batcher.left());
-        }
-        let workers = self.batchers.values().flat_map(|batcher| batcher.slots.iter().cloned());
-        let slots: Vec<Arc<Slot>> = self.slots().into_iter().chain(workers).collect();
-        for slot in &slots {
-            self.settle_hand(slot);
-        }
-        {
-            let mut state = lock(&self.state);
-            state.phase = Phase::Ended;
-            state.ledger.returned += state.ledger.in_flight;
-            state.ledger.in_flight = 0;
-        }
-        for slot in &slots {
-            let mut hand = lock(&slot.hand);
-            left.extend(hand.current.iter().cloned());
-            left.extend(hand.chunk.drain(..));
-        }
-        self.changed.notify_all();
-        left.into_iter().map(|ticket| ticket.message).collect()
+/// Fails what a dead worker had begun. What it had only taken stays in its
+/// hand, for its successor, who also settles.
+fn bury(slot: &Slot, name: &str) {
+    let mut hand = lock(&slot.hand);
+    hand.since = None;
+    let begun = std::mem::take(&mut hand.current);
+    hand.failed.extend(begun.into_iter().map(|ticket| {
+        let text = format!("{name} died in the middle of it");
+        (ticket, Failure::of(FailureKind::WorkerDied, text, false))
+    }));
+}
+
+/// Joins a thread that is over, or about to be; how it ended does not matter.
+fn end_of(handle: JoinHandle<()>) {
+    if let Err(payload) = handle.join() {
+        log::debug!("a thread panicked at the end: {}", panic_message(payload));
     }
 }
 
@@ -380,7 +381,7 @@ fn pool(kind: &Kind) -> String {
     match kind {
         Kind::Timer => "timer".to_owned(),
         Kind::Source(index) => format!("source {index}"),
-        Kind::Processor(_) => "processors".to_owned(),
-        Kind::Grouper(name) | Kind::Worker(name, _) => format!("batcher {name}"),
+        Kind::Processor | Kind::Undertaker => "processors".to_owned(),
+        Kind::Grouper(name) | Kind::Worker(name) => format!("batcher {name}"),
     }
 }

@@ -1,0 +1,183 @@
+//! Pausing, draining, and sources that end late or not at all.
+#![cfg(feature = "testing")]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod bench;
+
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+
+use bench::*;
+use broadsock::crossbeam_channel::bounded;
+use broadsock::testing::{self, TestAcknowledger};
+use broadsock::{Message, Pipeline, Pull, Source, Stop, sources};
+
+fn fine(_: &Message) -> Result<(), String> {
+    Ok(())
+}
+
+#[test]
+fn what_channels_and_endless_iterators_give_after_the_stop_is_not_waited_for() {
+    let (sender, receiver) = bounded::<String>(8);
+    let stopped = Arc::new(AtomicBool::new(false));
+    let feeder = spawn({
+        let stopped = Arc::clone(&stopped);
+        move || {
+            while !stopped.load(SeqCst) {
+                let _ = sender.send_timeout("a".to_owned(), ms(10));
+            }
+        }
+    });
+    let pipeline = Pipeline::each(fine)
+        .source(sources::channel(receiver))
+        .source(sources::iter(std::iter::repeat("endless")))
+        .max_in_flight(100)
+        .start()
+        .unwrap();
+    eventually("work", || pipeline.metrics().ledger.succeeded > 1000);
+    let report = pipeline.stop(LONG);
+    stopped.store(true, SeqCst);
+    feeder.join().unwrap();
+    all_well(&report);
+    assert!(report.error.is_none(), "{:?}", report.error);
+    assert_eq!(report.ledger.returned, 0);
+}
+
+/// Says when it is being asked.
+struct Paced(Arc<Mutex<bool>>, Box<dyn Source>);
+
+impl Source for Paced {
+    fn pull(&mut self, most: usize, stop: &Stop) -> Pull {
+        *lock(&self.0) = true;
+        let pulled = self.1.pull(most, stop);
+        *lock(&self.0) = false;
+        pulled
+    }
+
+    fn close(&mut self, deadline: std::time::Duration) -> Option<broadsock::Report> {
+        self.1.close(deadline)
+    }
+}
+
+#[test]
+fn a_paused_pipeline_takes_in_nothing_but_processes_what_it_has() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let asked = Arc::default();
+    let (source, feed) = testing::source();
+    let acknowledger = TestAcknowledger::new();
+    let pipeline = Pipeline::each(move |_: &Message| {
+        held.enter();
+        Ok::<(), String>(())
+    })
+    .source_with(Paced(Arc::clone(&asked), Box::new(source)), acknowledger.clone())
+    .start()
+    .unwrap();
+    feed.test_message("a");
+    gate.entered.wait(1);
+    pipeline.pause();
+    eventually("the end of the pull", || !*lock(&asked));
+    feed.test_batch(["b", "c"]);
+    gate.open();
+    assert!(acknowledger.wait_succeeded(1, LONG));
+    pass(ms(20));
+    assert_eq!(pipeline.metrics().ledger.accepted, 1);
+    pipeline.resume();
+    assert!(acknowledger.wait_succeeded(3, LONG));
+    all_well(&pipeline.stop(LONG));
+}
+
+#[test]
+fn a_paused_pipeline_can_be_drained_and_stopped() {
+    for drain in [true, false] {
+        let (source, feed) = testing::source();
+        let pipeline = Pipeline::each(fine).source(source).start().unwrap();
+        pipeline.pause();
+        feed.test_batch(numbers(3));
+        let report = if drain {
+            pipeline.drain();
+            pipeline.join()
+        } else {
+            pipeline.stop(LONG)
+        };
+        all_well(&report);
+        // What its sources had is processed, paused or not.
+        assert_eq!(report.ledger.succeeded, 3);
+        pipeline.resume();
+        assert!(pipeline.has_ended());
+    }
+}
+
+#[test]
+fn a_source_is_closed_at_once_when_there_is_no_room_for_its_messages() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let closed = Noted::default();
+    let pipeline = Pipeline::each(move |_: &Message| {
+        held.enter();
+        Ok::<(), String>(())
+    })
+    .source(Closes(closed.clone()))
+    .processors(1)
+    .max_in_flight(2)
+    .start()
+    .unwrap();
+    gate.entered.wait(1);
+    eventually("no room", || pipeline.metrics().ledger.in_flight == 2);
+    pipeline.drain();
+    closed.wait(1);
+    gate.open();
+    all_well(&pipeline.join());
+    assert_eq!(closed.len(), 1, "closed once");
+}
+
+/// Has always another message, until it is closed.
+struct Closes(Noted<()>);
+
+impl Source for Closes {
+    fn pull(&mut self, _: usize, _: &Stop) -> Pull {
+        match self.0.len() {
+            0 => Pull::Messages(vec![testing::TestMessage::text("a").build()]),
+            _ => Pull::Ended,
+        }
+    }
+
+    fn close(&mut self, _: std::time::Duration) -> Option<broadsock::Report> {
+        self.0.push(());
+        None
+    }
+}
+
+/// Does not look at its stop.
+struct Deaf(Gate);
+
+impl Source for Deaf {
+    fn pull(&mut self, _: usize, _: &Stop) -> Pull {
+        self.0.enter();
+        Pull::Messages(vec![testing::TestMessage::text("late").build()])
+    }
+}
+
+#[test]
+fn a_source_that_does_not_return_is_named_and_what_it_gives_later_is_not_accepted() {
+    let gate = Gate::new();
+    let alive = Arc::new(());
+    let weak = Arc::downgrade(&alive);
+    let pipeline = Pipeline::each(move |_: &Message| {
+        let _ = &alive;
+        Ok::<(), String>(())
+    })
+    .source(Deaf(gate.clone()))
+    .start()
+    .unwrap();
+    gate.entered.wait(1);
+    let report = pipeline.stop(ms(200));
+    stuck(&report, &["broadsock-source-0"]);
+    gate.open();
+    let control = Arc::new(pipeline);
+    eventually("the thread's end", || Arc::strong_count(&control) == 1);
+    let ledger = control.metrics().ledger;
+    assert_eq!((ledger.accepted, ledger.balanced()), (0, true));
+    drop(control);
+    eventually("the thread's end", || weak.upgrade().is_none());
+}
