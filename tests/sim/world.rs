@@ -467,6 +467,7 @@ impl World {
                 Err(error) => with(|k| {
                     k.note(|| format!("could not start: {error}"));
                     k.ck.failed = Some((k.now, error));
+                    k.soon(3 * SECOND, Ev::Finished);
                 }),
             }
             own.end();
@@ -514,8 +515,15 @@ impl World {
     }
 
     fn run(&mut self) {
+        let mut turns = 0u64;
         loop {
             if with(|k| k.violation.is_some()) {
+                return;
+            }
+            // The world itself must not spin either.
+            turns += 1;
+            if turns > 10_000_000 {
+                with(|k| k.broken("no-hot-world", || format!("{:?} run", kernel::alive())));
                 return;
             }
             if let Some(event) = kernel::due() {
