@@ -846,7 +846,8 @@ impl World {
                 pipeline.heal();
             }
             let left = self.pipeline.as_ref().map_or(0, Pipeline::in_flight);
-            if with(|k| k.ck.taken) == before && left == 0 {
+            let waiting = self.shared.queue.ledger().0.in_flight;
+            if with(|k| k.ck.taken) == before && left == 0 && waiting == 0 {
                 break;
             }
             if with(|k| k.violation.is_some()) {
@@ -856,9 +857,10 @@ impl World {
         self.check();
         let (ledger, _) = self.shared.queue.ledger();
         let left = self.pipeline.as_ref().map_or(0, Pipeline::in_flight);
+        let next = self.shared.queue.try_recv().map(|message| message.metadata());
         with(|k| {
             if alive.is_empty() && (ledger.in_flight > 0 || left > 0) {
-                k.broken("ends-empty", || format!("{left} in the pipeline, {ledger}"));
+                k.broken("ends-empty", || format!("{left} in the pipeline, {ledger}, {next:?}"));
             }
             if alive.is_empty() {
                 let open = k.net.socks.iter().filter(|sock| sock.life != Life::Released).count();
