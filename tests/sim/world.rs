@@ -41,6 +41,10 @@ use crate::threads::queue::{MAX_HELD, NoMessage, Queue, QueuePolicy};
 use crate::threads::shared::{Endpoint, Peer, Shared, States};
 use crate::threads::timer::Timer;
 
+/// Seeds that found something in the crate, by what went wrong.
+const REGRESSIONS: &[(u64, &str)] =
+    &[(808, "a_ping_that_the_socket_did_not_take_started_no_write_deadline")];
+
 const MS: u64 = 1_000_000;
 const SECOND: u64 = 1_000_000_000;
 
@@ -93,6 +97,12 @@ pub(crate) fn main() -> i32 {
     let first = number("SIM_FIRST").unwrap_or(1);
     if let Some(bug) = bug {
         return i32::from(!find(bug, seeds, minutes));
+    }
+    for (seed, name) in REGRESSIONS {
+        if one(*seed, minutes, None, false).is_err() {
+            println!("test result: FAILED. 0 passed; 1 failed: {name}");
+            return 1;
+        }
     }
     let failed = run(first, seeds, minutes);
     if failed > 0 {
