@@ -66,6 +66,7 @@ pub(crate) struct Kernel {
     new: Vec<Task>,
     alive: Vec<usize>,
     known: usize,
+    spins: u32,
     current: usize,
     pub(crate) net: Net,
     pub(crate) sv: crate::server::Servers,
@@ -107,6 +108,7 @@ impl Kernel {
             new: Vec::new(),
             alive: Vec::new(),
             known: 0,
+            spins: 0,
             current: usize::MAX,
             net: Net::default(),
             sv: crate::server::Servers::default(),
@@ -357,6 +359,16 @@ pub(crate) fn advance() -> bool {
             _ => None,
         });
         let Some(next) = deadline.chain(event).min() else { return false };
+        let now = k.now;
+        if next <= now {
+            k.spins += 1;
+            if k.spins > 100_000 {
+                k.broken("no-hot-world", || format!("{next} is not after {now}"));
+                return false;
+            }
+        } else {
+            k.spins = 0;
+        }
         k.now = k.now.max(next);
         true
     })

@@ -230,11 +230,14 @@ pub(crate) mod net {
                 if count == 0 {
                     it.wants_to_write = true;
                     it.tx_full_since.get_or_insert(now);
+                    k.note(|| format!("sock {} takes nothing of {}", self.0, buf.len()));
                     return Err(io::ErrorKind::WouldBlock.into());
                 }
                 it.tx_space -= count;
+                let left = it.tx_space;
                 it.last_up = (now + it.delay.0).max(it.last_up + 1);
                 let at = it.last_up;
+                k.note(|| format!("sock {} takes {count} of {}, {left} left", self.0, buf.len()));
                 k.at(at, Ev::ToServer(self.0, buf[..count].to_vec()));
                 Ok(count)
             })

@@ -41,6 +41,10 @@ use crate::threads::queue::{MAX_HELD, NoMessage, Queue, QueuePolicy};
 use crate::threads::shared::{Endpoint, Peer, Shared, States};
 use crate::threads::timer::Timer;
 
+/// Seeds that found something in the crate, by what went wrong.
+const REGRESSIONS: &[(u64, &str)] =
+    &[(808, "a_ping_that_the_socket_did_not_take_started_no_write_deadline")];
+
 const MS: u64 = 1_000_000;
 const SECOND: u64 = 1_000_000_000;
 
@@ -93,6 +97,12 @@ pub(crate) fn main() -> i32 {
     let first = number("SIM_FIRST").unwrap_or(1);
     if let Some(bug) = bug {
         return i32::from(!find(bug, seeds, minutes));
+    }
+    for (seed, name) in REGRESSIONS {
+        if one(*seed, minutes, None, false).is_err() {
+            println!("test result: FAILED. 0 passed; 1 failed: {name}");
+            return 1;
+        }
     }
     let failed = run(first, seeds, minutes);
     if failed > 0 {
@@ -467,6 +477,7 @@ impl World {
                 Err(error) => with(|k| {
                     k.note(|| format!("could not start: {error}"));
                     k.ck.failed = Some((k.now, error));
+                    k.soon(3 * SECOND, Ev::Finished);
                 }),
             }
             own.end();
@@ -514,8 +525,15 @@ impl World {
     }
 
     fn run(&mut self) {
+        let mut turns = 0u64;
         loop {
             if with(|k| k.violation.is_some()) {
+                return;
+            }
+            // The world itself must not spin either.
+            turns += 1;
+            if turns > 10_000_000 {
+                with(|k| k.broken("no-hot-world", || format!("{:?} run", kernel::alive())));
                 return;
             }
             if let Some(event) = kernel::due() {
@@ -838,7 +856,8 @@ impl World {
                 pipeline.heal();
             }
             let left = self.pipeline.as_ref().map_or(0, Pipeline::in_flight);
-            if with(|k| k.ck.taken) == before && left == 0 {
+            let waiting = self.shared.queue.ledger().0.in_flight;
+            if with(|k| k.ck.taken) == before && left == 0 && waiting == 0 {
                 break;
             }
             if with(|k| k.violation.is_some()) {
@@ -848,9 +867,10 @@ impl World {
         self.check();
         let (ledger, _) = self.shared.queue.ledger();
         let left = self.pipeline.as_ref().map_or(0, Pipeline::in_flight);
+        let next = self.shared.queue.try_recv().map(|message| message.metadata());
         with(|k| {
             if alive.is_empty() && (ledger.in_flight > 0 || left > 0) {
-                k.broken("ends-empty", || format!("{left} in the pipeline, {ledger}"));
+                k.broken("ends-empty", || format!("{left} in the pipeline, {ledger}, {next:?}"));
             }
             if alive.is_empty() {
                 let open = k.net.socks.iter().filter(|sock| sock.life != Life::Released).count();

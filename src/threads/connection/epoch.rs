@@ -317,8 +317,8 @@ impl<'c> Epoch<'c> {
         // A full buffer takes no ping: then nothing is flowing out either, and
         // the verdict depends on what flows in.
         self.ws.ping(self.pings.to_be_bytes().to_vec())?;
-        self.ws.flush()?;
-        Ok(())
+        // A ping that the socket does not take starts the write deadline.
+        self.flush(now)
     }
 
     fn session_heartbeat(&mut self, guest: &mut Guest, now: Instant) -> Result<(), EpochEnd> {

@@ -13,6 +13,12 @@ impl Epoch<'_> {
         if self.may_send() {
             self.write_outbox()?;
         }
+        self.flush(now)?;
+        self.say_goodbye(now)
+    }
+
+    /// Writes what is queued, and tells the heartbeat how far that went.
+    pub(super) fn flush(&mut self, now: Instant) -> Result<(), EpochEnd> {
         let clear = self.ws.flush()?;
         self.count_traffic();
         // Reading writes too, where pongs wait: so this is since the last turn.
@@ -25,7 +31,7 @@ impl Epoch<'_> {
                 self.live.on_write_progress(now);
             }
         }
-        self.say_goodbye(now)
+        Ok(())
     }
 
     pub(super) fn write_backlog(&mut self) -> Result<(), EpochEnd> {
