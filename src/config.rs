@@ -441,7 +441,12 @@ impl ClientBuilder {
                 tls: self.tls,
             },
             limits: self.limits,
-            retry: self.retry,
+            retry: RetryPolicy {
+                backoff: self.retry.backoff.reporting(|panic| {
+                    log::error!(target: "broadsock", "the back-off function panicked: {panic}");
+                }),
+                ..self.retry
+            },
             heartbeat: self.heartbeat,
             ids: Ids { source, identity: identity() },
             block_messages: queue.block_messages(),

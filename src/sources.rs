@@ -67,7 +67,7 @@ where
     }
 
     /// Items that were not asked for stay in the iterator, which may be endless.
-    fn close(&mut self, _: Duration) -> Option<Report> {
+    fn end(&mut self, _: Duration) -> Option<Report> {
         self.closed = true;
         None
     }
@@ -108,7 +108,7 @@ impl<T: AsRef<[u8]> + Send + 'static> Source for Channel<T> {
     }
 
     /// What the channel holds by now is still processed; senders may go on.
-    fn close(&mut self, _: Duration) -> Option<Report> {
+    fn end(&mut self, _: Duration) -> Option<Report> {
         self.left = Some(self.receiver.len());
         None
     }
@@ -170,7 +170,7 @@ impl Source for Arc<Client> {
         true
     }
 
-    fn close(&mut self, deadline: Duration) -> Option<Report> {
+    fn end(&mut self, deadline: Duration) -> Option<Report> {
         Some(Client::close(self, deadline))
     }
 

@@ -466,7 +466,7 @@ pub trait Source: Send + 'static {
 
     /// The first step of a graceful end: reads nothing new, and stays able to
     /// answer. What was taken in can still be pulled, also with a `stop` that is
-    /// set; [`close`](Source::close) follows once that is settled, or half of
+    /// set; [`end`](Source::end) follows once that is settled, or half of
     /// the time is up. `false`, the default: there is nothing to keep open, and
     /// `close` follows at once.
     fn stop_reading(&mut self) -> bool {
@@ -475,7 +475,7 @@ pub trait Source: Send + 'static {
 
     /// Takes in nothing new from now on; [`pull`](Source::pull) still returns
     /// what was taken in before, and then [`Pull::Ended`]. May take `deadline`.
-    fn close(&mut self, deadline: Duration) -> Option<Report> {
+    fn end(&mut self, deadline: Duration) -> Option<Report> {
         let _ = deadline;
         None
     }

@@ -54,8 +54,8 @@ impl Source for Paced {
         pulled
     }
 
-    fn close(&mut self, deadline: std::time::Duration) -> Option<broadsock::Report> {
-        self.1.close(deadline)
+    fn end(&mut self, deadline: std::time::Duration) -> Option<broadsock::Report> {
+        self.1.end(deadline)
     }
 }
 
@@ -142,7 +142,7 @@ impl Source for Closes {
         }
     }
 
-    fn close(&mut self, _: std::time::Duration) -> Option<broadsock::Report> {
+    fn end(&mut self, _: std::time::Duration) -> Option<broadsock::Report> {
         self.0.push(());
         None
     }

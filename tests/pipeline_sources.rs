@@ -96,7 +96,7 @@ impl Source for Own {
         Pull::Messages(numbers.collect())
     }
 
-    fn close(&mut self, deadline: Duration) -> Option<Report> {
+    fn end(&mut self, deadline: Duration) -> Option<Report> {
         self.closed.push(deadline);
         None
     }
@@ -166,7 +166,7 @@ impl Source for Broken {
         Pull::Ended
     }
 
-    fn close(&mut self, _: Duration) -> Option<Report> {
+    fn end(&mut self, _: Duration) -> Option<Report> {
         self.at("close");
         None
     }
@@ -219,8 +219,8 @@ impl Source for SentLate {
         self.0.pull(most, stop)
     }
 
-    fn close(&mut self, deadline: Duration) -> Option<Report> {
-        let report = self.0.close(deadline);
+    fn end(&mut self, deadline: Duration) -> Option<Report> {
+        let report = self.0.end(deadline);
         (0..3).for_each(|_| self.1.send("late").unwrap());
         report
     }

@@ -242,6 +242,22 @@ fn at_least(asked: Duration, random: f64) -> Duration {
 }
 
 /// The user's delay, or the default strategy's if the user's function panics.
+impl Backoff {
+    /// The same, but a panic of a user's function is told to `report` before the
+    /// default takes its place.
+    pub(crate) fn reporting(self, report: impl Fn(&str) + Send + Sync + 'static) -> Self {
+        let Self::Custom(custom) = self else { return self };
+        Self::custom(move |retry| {
+            panic::catch_unwind(AssertUnwindSafe(|| custom(retry))).unwrap_or_else(|payload| {
+                let text = payload.downcast_ref::<&str>().copied();
+                let owned = payload.downcast_ref::<String>().map(String::as_str);
+                report(text.or(owned).unwrap_or("a panic without a message"));
+                panic::resume_unwind(payload)
+            })
+        })
+    }
+}
+
 fn user_delay(custom: &Custom, retry: &Retry<'_>, random: f64) -> Duration {
     panic::catch_unwind(AssertUnwindSafe(|| custom(retry)))
         .unwrap_or_else(|_| Backoff::default().delay(retry, random))
@@ -523,5 +539,18 @@ mod tests {
             let delay = after(http(503, Some(asked)), &Backoff::default(), attempt, random);
             prop_assert!(delay >= asked.min(HOUR), "{:?}", delay);
         }
+    }
+
+    #[test]
+    fn a_panic_of_the_users_function_is_told_and_the_default_takes_its_place() {
+        let told = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let heard = Arc::clone(&told);
+        let backoff = Backoff::custom(|_| panic!("no idea"))
+            .reporting(move |panic| heard.lock().unwrap().push(panic.to_owned()));
+        let error = Error::new(ErrorKind::Dns, "x");
+        let retry = Retry { attempt: 1, error: &error, uptime: Duration::ZERO };
+        let delay = retry_delay(&backoff, &retry, Duration::ZERO, 0.0);
+        assert_eq!(delay, Backoff::default().delay(&retry, 0.0));
+        assert_eq!(*told.lock().unwrap(), ["no idea"]);
     }
 }

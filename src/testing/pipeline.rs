@@ -126,7 +126,7 @@ impl Source for TestSource {
     }
 
     /// What was fed by now is still given.
-    fn close(&mut self, _: Duration) -> Option<Report> {
+    fn end(&mut self, _: Duration) -> Option<Report> {
         self.left = Some(self.groups.len());
         None
     }

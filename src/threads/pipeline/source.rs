@@ -138,9 +138,9 @@ impl<H: Handler> Intake<'_, H> {
         let now = self.flow.clock.now();
         let left = self.flow.deadline().map(|at| at.saturating_duration_since(now) / 2);
         let deadline = left.map_or(CLOSE, |left| left.min(CLOSE));
-        match contained_user(|| self.source.close(deadline)) {
+        match contained_user(|| self.source.end(deadline)) {
             Ok(report) => self.flow.update_ending(|ending| ending.reports[self.index] = report),
-            Err(panic) => self.flow.panicked("Source::close", panic),
+            Err(panic) => self.flow.panicked("Source::end", panic),
         }
     }
 
