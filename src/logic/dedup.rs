@@ -235,7 +235,8 @@ impl Dedup {
         Horizon {
             accepted: self.accepted,
             capacity: self.capacity,
-            now: nanos(now.saturating_duration_since(base)),
+            // Without a time to live, time is of no concern.
+            now: if self.ttl == u64::MAX { 0 } else { nanos(now.saturating_duration_since(base)) },
             ttl: self.ttl,
         }
     }
@@ -356,7 +357,8 @@ impl Dedup {
         if self.spill.is_empty() {
             line.set_spilled(0);
         }
-        if !self.spill_order.is_empty() {
+        let oldest = self.spill_order.front().map(|(number, _)| *number);
+        if oldest.is_some_and(|number| horizon.accepted - number >= horizon.capacity) {
             self.sweep_spill(horizon);
         }
     }
