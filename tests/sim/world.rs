@@ -93,7 +93,7 @@ pub(crate) fn main() -> i32 {
         return replay(seed, minutes, bug, usize::MAX);
     }
     let debug = cfg!(debug_assertions);
-    let seeds = number("SIM_SEEDS").unwrap_or(if debug { 20 } else { 5000 });
+    let seeds = number("SIM_SEEDS").unwrap_or(if debug { 12 } else { 5000 });
     let first = number("SIM_FIRST").unwrap_or(1);
     if let Some(bug) = bug {
         return i32::from(!find(bug, seeds, minutes));
