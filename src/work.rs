@@ -474,7 +474,8 @@ pub trait Source: Send + 'static {
     }
 
     /// Takes in nothing new from now on; [`pull`](Source::pull) still returns
-    /// what was taken in before, and then [`Pull::Ended`]. May take `deadline`.
+    /// what was taken in before, with a `stop` that is set, until it has none or
+    /// says [`Pull::Ended`]. May take `deadline`.
     fn close(&mut self, deadline: Duration) -> Option<Report> {
         let _ = deadline;
         None
