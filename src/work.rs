@@ -468,13 +468,14 @@ pub trait Source: Send + 'static {
     /// answer. What was taken in can still be pulled, also with a `stop` that is
     /// set; [`end`](Source::end) follows once that is settled, or half of
     /// the time is up. `false`, the default: there is nothing to keep open, and
-    /// `close` follows at once.
+    /// `end` follows at once.
     fn stop_reading(&mut self) -> bool {
         false
     }
 
     /// Takes in nothing new from now on; [`pull`](Source::pull) still returns
-    /// what was taken in before, and then [`Pull::Ended`]. May take `deadline`.
+    /// what was taken in before, with a `stop` that is set, until it has none or
+    /// says [`Pull::Ended`]. May take `deadline`.
     fn end(&mut self, deadline: Duration) -> Option<Report> {
         let _ = deadline;
         None

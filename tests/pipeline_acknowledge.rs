@@ -46,7 +46,7 @@ fn several_messages_are_acknowledged_at_once() {
     assert_eq!(groups.len(), 1);
     let order: Vec<_> = groups[0].succeeded.iter().map(|s| s.message.to_string()).collect();
     assert_eq!(order, ["a", "b", "c", "d"]);
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
 }
 
 #[test]
@@ -128,7 +128,7 @@ fn a_slow_acknowledger_holds_up_its_own_worker_only() {
     feed.test_batch(numbers(100));
     assert!(other.wait_succeeded(100, LONG));
     gate.open();
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
 }
 
 #[test]
@@ -172,5 +172,5 @@ fn an_acknowledger_may_use_the_pipeline_it_belongs_to() {
     assert!(place.set(Arc::clone(&pipeline)).is_ok());
     feed.test_message("a");
     assert!(balanced.wait(1).iter().all(|balanced| *balanced));
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
 }

@@ -57,7 +57,7 @@ fn the_timeout_runs_from_the_first_item_however_many_follow() {
         pass(ms(5));
     }
     assert!(batches.all().iter().all(|batch| batch.trigger == Trigger::Timeout));
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
 }
 
 #[test]
@@ -75,7 +75,7 @@ fn a_flush_closes_the_batch_of_its_own_key_only() {
     let first = batches.wait(1)[0].clone();
     assert_eq!((first.items, first.trigger), (vec!["b:1".into(), "b:2!".into()], Trigger::Flush));
     assert_eq!(first.key.as_deref(), Some("b"));
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
     let last = batches.wait(2)[1].clone();
     assert_eq!((last.items, last.trigger), (vec!["a:1".into(), "a:2".into()], Trigger::Drain));
 }

@@ -55,7 +55,7 @@ fn a_message_is_in_flight_until_it_is_acknowledged_and_done_after_success() {
     gate.open();
     assert!(acknowledger.wait_succeeded(1, LONG));
     eventually("done", || client.processing(id) == Some(Processing::Done));
-    let report = pipeline.stop(LONG);
+    let report = ends_well(&pipeline);
     all_well(&report);
     let client_report = report.sources[0].as_ref().expect("the client's report");
     assert_eq!(client_report.metrics.ledger.delivered, 1);
@@ -90,7 +90,7 @@ fn a_message_that_failed_for_good_is_forgotten_and_its_redelivery_accepted() {
     eventually("done", || client.processing(ids["bad"]) == Some(Processing::Done));
     let count = |text: &str| tries.all().iter().filter(|(tried, _)| tried == text).count();
     assert_eq!((count("good"), count("bad")), (1, 3), "the good one is a duplicate");
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
     assert_eq!(client.metrics().ledger.duplicates, 1);
 }
 
@@ -116,7 +116,7 @@ fn every_id_is_processed_exactly_once_though_connections_break_and_replay() {
         .start()
         .unwrap();
     assert!(acknowledger.wait_succeeded(2000, LONG), "{:?}", pipeline.metrics().ledger);
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
     let times = lock(&times);
     assert_eq!(times.len(), 2000);
     assert!(times.values().all(|times| *times == 1));
@@ -139,7 +139,7 @@ fn a_graceful_stop_under_a_flood_accounts_for_every_message_of_client_and_pipeli
         .start()
         .unwrap();
     assert!(acknowledger.wait(2000, LONG));
-    let report = pipeline.stop(LONG);
+    let report = ends_well(&pipeline);
     all_well(&report);
     assert_eq!(report.ledger.returned, 0);
     let client = report.sources[0].as_ref().expect("the client's report");
@@ -187,7 +187,7 @@ fn a_client_and_an_iterator_feed_one_pipeline() {
         .start()
         .unwrap();
     assert!(acknowledger.wait_succeeded(10, LONG));
-    let report = pipeline.stop(LONG);
+    let report = ends_well(&pipeline);
     all_well(&report);
     assert_eq!(report.sources.iter().flatten().count(), 1);
     assert!(server.wait_live(0, LONG), "the pipeline closes its client");

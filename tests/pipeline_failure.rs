@@ -280,7 +280,7 @@ fn a_handler_that_runs_too_long_is_reported_once_with_its_thread_and_message() {
     assert_eq!((message.id.unwrap().to_u128(), message.sequence), (7, 12));
     pass(ms(80));
     gate.open();
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
     assert!(!events.try_iter().any(|event| matches!(event, PipelineEvent::Slow { .. })));
 }
 

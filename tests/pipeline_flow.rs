@@ -149,7 +149,7 @@ fn resizing_while_running_loses_nothing_and_changes_the_number_of_workers() {
     let workers = |stage: usize| pipeline.metrics().stages[stage].workers.len();
     assert_eq!((workers(0), workers(1)), (6, 3));
     assert_eq!(acknowledger.outcomes().len(), 3000);
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
 }
 
 #[test]
@@ -186,7 +186,7 @@ fn after_a_resize_so_many_messages_are_handled_at_once() {
     assert_eq!((gate.entered.len(), batch_gate.entered.len()), (4, 3));
     gate.open();
     batch_gate.open();
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
 }
 
 #[test]
@@ -218,7 +218,7 @@ fn the_retry_of_a_retired_workers_last_message_is_not_forgotten() {
     pipeline.resize(1).unwrap();
     gates[1].open();
     assert!(acknowledger.wait_succeeded(2, LONG), "its retry is due, and nobody wakes");
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
 }
 
 #[test]
@@ -243,7 +243,7 @@ fn workers_that_messages_belong_to_cannot_be_resized() {
     feed.test_message("a");
     assert!(acknowledger.wait_succeeded(1, LONG));
     assert_eq!(setting(pipeline.resize_batcher("batch", 2)), "batcher");
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
     let partitions = Pipeline::each(fine)
         .source(sources::iter(["a"]))
         .partition_by(|_| 0)
@@ -296,5 +296,5 @@ fn retired_workers_take_no_more_messages() {
     pass(ms(20));
     assert_eq!(gate.entered.all(), ["broadsock-batch-batch-0"]);
     gate.open();
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
 }

@@ -35,7 +35,7 @@ fn what_channels_and_endless_iterators_give_after_the_stop_is_not_waited_for() {
         .start()
         .unwrap();
     eventually("work", || pipeline.metrics().ledger.succeeded > 1000);
-    let report = pipeline.stop(LONG);
+    let report = ends_well(&pipeline);
     stopped.store(true, SeqCst);
     feeder.join().unwrap();
     all_well(&report);
@@ -84,7 +84,7 @@ fn a_paused_pipeline_takes_in_nothing_but_processes_what_it_has() {
     assert_eq!(pipeline.metrics().ledger.accepted, 1);
     pipeline.resume();
     assert!(acknowledger.wait_succeeded(3, LONG));
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
 }
 
 #[test]
@@ -180,4 +180,34 @@ fn a_source_that_does_not_return_is_named_and_what_it_gives_later_is_not_accepte
     assert_eq!((ledger.accepted, ledger.balanced()), (0, true));
     drop(control);
     eventually("the thread's end", || weak.upgrade().is_none());
+}
+
+/// Waits to be told to stop, and knows nothing of a close.
+struct Waits(Noted<()>);
+
+impl Source for Waits {
+    fn pull(&mut self, _: usize, stop: &Stop) -> Pull {
+        self.0.push(());
+        let _ = stop.signal().recv();
+        Pull::Messages(Vec::new())
+    }
+}
+
+#[test]
+fn a_source_that_waits_for_its_stop_also_after_its_close_has_ended() {
+    let asked = Noted::default();
+    let pipeline = Pipeline::each(fine).source(Waits(asked.clone())).start().unwrap();
+    asked.wait(1);
+    pipeline.drain();
+    eventually("the end", || pipeline.has_ended());
+    assert_eq!(asked.len(), 2);
+}
+
+#[test]
+fn a_stop_before_the_first_pull_ends_a_source_all_the_same() {
+    for _ in 0..50 {
+        let pipeline = Pipeline::each(fine).source(Waits(Noted::default())).start().unwrap();
+        pipeline.drain();
+        eventually("the end", || pipeline.has_ended());
+    }
 }

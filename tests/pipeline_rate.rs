@@ -79,7 +79,7 @@ fn the_rate_limit_can_be_read_and_changed_while_running() {
     assert!(acknowledger.wait_succeeded(50, LONG), "who waits does not see the change");
     let error = pipeline.set_rate_limit(RateLimit::token_bucket(-1.0, 1)).unwrap_err();
     assert_eq!(error.kind(), &ErrorKind::Setting("rate_limit"));
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
     let unlimited = Pipeline::each(fine).source(sources::iter(["a"])).start().unwrap();
     assert!(unlimited.set_rate_limit(fast).is_err() && unlimited.rate_limit().is_none());
 }
@@ -139,5 +139,5 @@ fn a_pause_while_a_source_waits_for_the_rate_loses_nothing() {
     }
     pipeline.pause();
     assert!(acknowledger.wait_succeeded(30, LONG), "what was accepted is still processed");
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
 }

@@ -147,7 +147,7 @@ fn the_counters_of_every_stage_are_right() {
         metrics.oldest > Some(ms(20)) && running > Some(ms(20))
     });
     gate.open();
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
     let metrics = pipeline.metrics();
     let batcher = &metrics.stages[1];
     // size, timeout, flush, keys, drain
@@ -176,7 +176,7 @@ fn queue_depths_count_messages_and_items() {
     feed.test_batch(numbers(95));
     eventually("95 messages in the queue", || pipeline.metrics().stages[0].queued == 95);
     gate.open();
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
     assert_eq!(pipeline.metrics().stages[0].queued, 0);
 }
 
@@ -255,7 +255,7 @@ fn there_are_events_of_every_stage_with_counts_and_durations() {
     pipeline.resume();
     feed.test_batch(["a", "b", "c", "bad"]);
     assert!(acknowledger.wait(4, LONG));
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
     use PipelineEvent::*;
     let told = told.all();
     let count = |is: fn(&PipelineEvent) -> bool| told.iter().filter(|event| is(event)).count();
@@ -306,7 +306,7 @@ fn frequent_events_do_not_push_out_the_rare_ones() {
     feed.test_batch(numbers(1000));
     assert!(acknowledger.wait_succeeded(1000, LONG));
     assert!(matches!(pipeline.events().try_recv(), Ok(PipelineEvent::Started { .. })));
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
 }
 
 #[test]

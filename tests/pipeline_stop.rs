@@ -32,7 +32,7 @@ fn stop_waits_until_all_is_processed_also_incomplete_batches() {
         .start()
         .unwrap();
     feed.test_batch(numbers(25));
-    let report = pipeline.stop(LONG);
+    let report = ends_well(&pipeline);
     all_well(&report);
     assert_eq!((report.ledger.succeeded, batches.len()), (25, 1));
     assert_eq!(acknowledger.succeeded().len(), 25);
@@ -53,7 +53,7 @@ fn a_stop_waits_for_what_has_to_be_tried_again() {
     .unwrap();
     feed.test_message("a");
     eventually("the first try", || pipeline.metrics().retries == 1);
-    let report = pipeline.stop(LONG);
+    let report = ends_well(&pipeline);
     all_well(&report);
     assert_eq!(report.ledger.succeeded, 1);
 }

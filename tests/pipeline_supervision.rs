@@ -295,7 +295,7 @@ fn nothing_upstream_of_a_dead_worker_restarts() {
         .unwrap();
     let events = pipeline.events();
     assert!(acknowledger.wait(50, LONG));
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
     for threads in [asked.all(), processors.all()] {
         assert!(threads.len() > 5 && threads.iter().all(|thread| *thread == threads[0]));
     }
@@ -325,7 +325,7 @@ fn the_other_workers_go_on_while_a_dead_one_is_replaced() {
     feed.test_batch(numbers(50));
     assert!(acknowledger.wait_succeeded(50, LONG));
     assert!(acknowledger.wait_failed(1, LONG));
-    all_well(&pipeline.stop(LONG));
+    ends_well(&pipeline);
 }
 
 /// Kills the thread that asks it a second time.

@@ -106,7 +106,7 @@ impl TestFeed {
 
 impl Source for TestSource {
     fn pull(&mut self, most: usize, stop: &Stop) -> Pull {
-        if self.pending.is_empty() {
+        while self.pending.is_empty() {
             let group = match &mut self.left {
                 Some(0) => None,
                 Some(left) => {
@@ -115,7 +115,7 @@ impl Source for TestSource {
                 }
                 None => select! {
                     recv(self.groups) -> group => group.ok(),
-                    recv(stop.signal()) -> _ => Some(Vec::new()),
+                    recv(stop.signal()) -> _ => return Pull::Messages(Vec::new()),
                 },
             };
             let Some(group) = group else { return Pull::Ended };

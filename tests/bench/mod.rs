@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use broadsock::crossbeam_channel::{Receiver, after, select};
 use broadsock::{
-    Batch, Failed, Failure, Handler, Message, Next, PipelineEvent, PipelineReport, Trigger,
+    Batch, Failed, Failure, Handler, Message, Next, Pipeline, PipelineEvent, PipelineReport,
+    Trigger,
 };
 
 pub(crate) const LONG: Duration = Duration::from_secs(30);
@@ -69,6 +70,16 @@ pub(crate) fn all_well(report: &PipelineReport) {
     assert_eq!(report.ledger.in_flight, 0);
     assert_eq!(report.returned.len() as u64, report.ledger.returned);
     assert!(report.stuck.is_empty(), "{:?}", report.stuck);
+}
+
+/// It ends when it is told to, and not by the deadline.
+#[track_caller]
+pub(crate) fn ends_well(pipeline: &Pipeline) -> PipelineReport {
+    let start = now();
+    let report = pipeline.stop(LONG);
+    assert!(start.elapsed() < LONG / 2, "something waits for the deadline");
+    all_well(&report);
+    report
 }
 
 /// These threads hang, and no others. On a busy machine the monitor may have had

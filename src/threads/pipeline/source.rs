@@ -91,11 +91,14 @@ impl<H: Handler> Intake<'_, H> {
             Phase::Draining if self.state != State::Open => {}
             _ => return Some(Vec::new()),
         }
-        if matches!(self.state, State::Quiet | State::LastLook) {
+        if self.state != State::Open {
             // Nothing is waited for.
             stop = Stop { signal: bounded(0).1 };
         }
         match contained_user(|| self.source.pull(room, &stop)) {
+            Ok(Pull::Messages(messages)) if self.state == State::Closed && messages.is_empty() => {
+                None
+            }
             Ok(Pull::Messages(messages)) => {
                 self.state = match (self.state, messages.is_empty()) {
                     (State::Quiet, true) => State::Answering,
