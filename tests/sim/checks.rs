@@ -72,7 +72,8 @@ pub(crate) struct Conn {
     unblocked: u64,
     last_block: u64,
     last_seq: (u64, u64),
-    pub(crate) last_out: u64,
+    /// The first and last outgoing message that came in, for each epoch.
+    sent: BTreeMap<u64, (u64, u64)>,
     pub(crate) outs: BTreeSet<u64>,
     restarts: VecDeque<u64>,
     ends: VecDeque<u64>,
@@ -468,18 +469,26 @@ pub(crate) fn failed_message(k: &mut Kernel, id: u64) {
     }
 }
 
-/// An outgoing message has left for good: it came in, or was lost on the way.
-pub(crate) fn out_arrived(k: &mut Kernel, index: usize, number: u64, lost: bool) {
-    let last = k.ck.conns[index].last_out;
+/// An outgoing message has left for good: it came in by the socket of `epoch`,
+/// or was lost on the way.
+pub(crate) fn out_arrived(k: &mut Kernel, index: usize, number: u64, epoch: Option<u64>) {
     k.ck.outs += 1;
-    if !k.ck.conns[index].outs.insert(number) {
+    let conn = &mut k.ck.conns[index];
+    if !conn.outs.insert(number) {
         k.broken("sent-once", || format!("conn {index}: out {number} again"));
+        return;
     }
-    // What was lost is found out later than what its successors bring.
-    if !lost {
-        if number <= last {
-            k.broken("sent-in-order", || format!("conn {index}: out {number} after {last}"));
-        }
-        k.ck.conns[index].last_out = number;
+    // What was lost is found out late, and so may come what an old socket has
+    // still under way: the order is that of epochs, and that within each.
+    let Some(epoch) = epoch else { return };
+    let before = conn.sent.range(..=epoch).next_back().map(|(_, (_, last))| *last);
+    let behind = conn.sent.range(epoch + 1..).next().map(|(_, (first, _))| *first);
+    conn.sent.entry(epoch).or_insert((number, number)).1 = number;
+    if before.is_some_and(|last| number <= last) || behind.is_some_and(|first| number >= first) {
+        k.broken("sent-in-order", || {
+            format!(
+                "conn {index}, epoch {epoch}: out {number}, {before:?} before, {behind:?} behind"
+            )
+        });
     }
 }

@@ -357,7 +357,7 @@ fn frames(k: &mut Kernel, sock: usize) {
                 let text = String::from_utf8_lossy(&payload).into_owned();
                 if let Some(number) = number_after(&text, "out ") {
                     k.note(|| format!("server of conn {conn} got out {number} in epoch {epoch}"));
-                    crate::checks::out_arrived(k, conn, number, false);
+                    crate::checks::out_arrived(k, conn, number, Some(epoch));
                 } else if let Some(at) = number_after(&text, "resume ") {
                     resume(k, sock, at);
                 }
@@ -654,7 +654,7 @@ fn lose(k: &mut Kernel, sock: usize, bytes: &[u8]) {
     k.sv.socks.get_mut(&sock).unwrap().inbox = all;
     for n in lost {
         k.note(|| format!("out {n} of conn {conn} is lost with sock {sock}"));
-        crate::checks::out_arrived(k, conn, n, true);
+        crate::checks::out_arrived(k, conn, n, None);
     }
 }
 

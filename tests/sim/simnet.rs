@@ -90,7 +90,7 @@ pub(crate) fn arrive(k: &mut Kernel, sock: usize, arrival: Arrival) {
     it.last_arrival = now;
     match arrival {
         Arrival::Bytes(bytes) => {
-            if bytes.windows(5).any(|w| w == b"\"id\":" || w == b"\"skip") {
+            if bytes.windows(5).any(|w| w == b"\"id\":" || w == b"\"skip" || w == b"welco") {
                 it.last_data = now;
             }
             it.rx.extend(bytes);
