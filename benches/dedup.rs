@@ -2,7 +2,7 @@
 //! what a program would write itself: a `HashSet` and a queue of what to forget.
 //!
 //! ```text
-//! cargo bench --all-features --bench dedup
+//! cargo bench --features testing --bench dedup
 //! ```
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program that shows figures")]

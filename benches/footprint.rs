@@ -1,7 +1,7 @@
 //! What idle connections cost: memory, threads, descriptors, and wake-ups.
 //!
 //! ```text
-//! cargo bench --all-features --bench footprint
+//! cargo bench --features testing --bench footprint
 //! ```
 //!
 //! Each side holds its connections in a process of its own, after each of them

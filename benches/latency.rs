@@ -2,8 +2,8 @@
 //! another thread, an end, and from a cut to connected again.
 //!
 //! ```text
-//! cargo bench --all-features --bench latency
-//! cargo bench --all-features --bench latency -- "send"
+//! cargo bench --features testing --bench latency
+//! cargo bench --features testing --bench latency -- "send"
 //! ```
 //!
 //! Servers are threads of this process, so both ends read one clock; the two

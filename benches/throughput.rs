@@ -3,9 +3,9 @@
 //! `read` on the same firehose.
 //!
 //! ```text
-//! cargo bench --all-features --bench throughput              # minutes
-//! cargo bench --all-features --bench throughput -- "64 B text"
-//! cargo bench --all-features --bench throughput -- --quick   # does it run?
+//! cargo bench --features testing --bench throughput              # minutes
+//! cargo bench --features testing --bench throughput -- "64 B text"
+//! cargo bench --features testing --bench throughput -- --quick   # does it run?
 //! ```
 //!
 //! The firehose is a process of its own that writes prebuilt frames, a quarter

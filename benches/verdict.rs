@@ -1,6 +1,6 @@
 //! What speed is promised, and what the other benches found when they last ran.
 //!
-//! Runs last in `cargo bench --all-features`; prints the figures with a goal.
+//! Runs last in `cargo bench --features testing`; prints the figures with a goal.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program that shows figures")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a bench that cannot run says so")]

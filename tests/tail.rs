@@ -20,7 +20,7 @@ fn program() -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let name = format!("tail{}", std::env::consts::EXE_SUFFIX);
     let program = test.parent().unwrap().parent().unwrap().join("examples").join(name);
-    assert!(program.exists(), "run `cargo build --all-features --example tail` first");
+    assert!(program.exists(), "run `cargo build --features testing --example tail` first");
     program
 }
 
