@@ -171,7 +171,7 @@ fn a_source_that_does_not_return_is_named_and_what_it_gives_later_is_not_accepte
     .start()
     .unwrap();
     gate.entered.wait(1);
-    let report = pipeline.stop(ms(200));
+    let report = pipeline.stop(ms(1000));
     stuck(&report, &["broadsock-source-0"]);
     gate.open();
     let control = Arc::new(pipeline);

@@ -75,9 +75,9 @@ fn four_stuck_workers_cost_one_deadline_and_are_named() {
     .unwrap();
     let mut names = gate.entered.wait(4);
     let start = now();
-    let report = pipeline.stop(ms(500));
+    let report = pipeline.stop(ms(1000));
     let took = start.elapsed();
-    assert!(took < ms(1400), "{took:?}");
+    assert!(took < ms(2500), "{took:?}");
     names.sort();
     stuck(&report, &names.iter().map(String::as_str).collect::<Vec<_>>());
     assert!(report.ledger.balanced());
@@ -186,7 +186,7 @@ fn an_earlier_deadline_given_later_counts() {
         let pipeline = Arc::clone(&pipeline);
         move || pipeline.stop(LONG * 10)
     });
-    let report = pipeline.stop(ms(200));
+    let report = pipeline.stop(ms(1000));
     stuck(&report, &["broadsock-proc-0"]);
     assert_eq!(report.returned.len(), 1);
     assert_eq!(patient.join().unwrap().returned.len(), 1);
@@ -273,7 +273,7 @@ fn a_stop_while_a_batcher_waits_for_a_stuck_worker_keeps_its_deadline() {
     gate.entered.wait(1);
     // Metrics can be read meanwhile.
     eventually("a full batcher", || pipeline.metrics().stages[1].queued >= 6);
-    let report = pipeline.stop(ms(400));
+    let report = pipeline.stop(ms(1000));
     stuck(&report, &["broadsock-batch-batch-0"]);
     assert!(report.ledger.balanced());
     let mut returned: Vec<u64> = report.returned.iter().map(number).collect();
@@ -293,7 +293,7 @@ fn a_stop_while_an_acknowledger_hangs_returns_what_it_holds() {
         .start()
         .unwrap();
     gate.entered.wait(3);
-    let report = pipeline.stop(ms(400));
+    let report = pipeline.stop(ms(1000));
     assert_eq!(texts(&report.returned), numbers(30));
     let workers = ["broadsock-proc-0", "broadsock-proc-1", "broadsock-proc-2"];
     stuck(&report, &workers);

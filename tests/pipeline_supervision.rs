@@ -373,7 +373,7 @@ fn a_hanging_failure_hook_after_a_death_does_not_outlive_a_deadline() {
             .unwrap(),
     );
     gate.entered.wait(1);
-    let report = pipeline.stop(ms(500));
+    let report = pipeline.stop(ms(1000));
     assert!(report.ledger.balanced() && report.ledger.in_flight == 0, "{}", report.ledger);
     assert_eq!(texts(&report.returned), ["1", "2"]);
     stuck(&report, &["broadsock-proc-0"]);
