@@ -167,7 +167,7 @@ impl Source for Broken {
     }
 
     fn end(&mut self, _: Duration) -> Option<Report> {
-        self.at("close");
+        self.at("end");
         None
     }
 
@@ -185,7 +185,7 @@ impl Drop for Broken {
 
 #[test]
 fn a_source_that_panics_has_ended_is_reported_and_harms_no_other() {
-    for hook in ["pull", "close", "drop"] {
+    for hook in ["pull", "end", "drop"] {
         let pipeline = Pipeline::each(fine)
             .source(Broken(hook, false))
             .source(sources::iter(numbers(100)))
