@@ -409,8 +409,8 @@ impl<H: Handler> PipelineBuilder<H> {
         self
     }
 
-    /// How many messages may be between acceptance and settlement. Defaults to
-    /// 10,000.
+    /// How many messages may be between acceptance and settlement; at least one
+    /// for each source. Defaults to 10,000.
     pub fn max_in_flight(mut self, messages: usize) -> Self {
         self.max_in_flight = messages;
         self
@@ -554,6 +554,9 @@ impl<H: Handler> PipelineBuilder<H> {
             if number == 0 {
                 return Err(Error::setting(name, "must be at least 1"));
             }
+        }
+        if self.max_in_flight < self.sources.len() {
+            return Err(Error::setting("max_in_flight", "must be at least 1 for each source"));
         }
         check_threads(self.processors).map_err(|why| Error::setting("processors", why))?;
         if self.queue > MOST_QUEUED {

@@ -31,6 +31,7 @@ fn bad_settings_fail_at_the_start_and_are_named() {
         ("queue", "at most", builder().queue(usize::MAX)),
         ("chunk", "at least 1", builder().chunk(0)),
         ("max_in_flight", "at least 1", builder().max_in_flight(0)),
+        ("max_in_flight", "each source", builder().source(sources::iter(["a"])).max_in_flight(1)),
         ("retries", "at least 1", builder().retries(0, Backoff::default())),
         ("backoff", "base", builder().retries(2, Backoff::exponential(none, none))),
         ("hold_order", "partition_by", builder().hold_order()),

@@ -84,6 +84,27 @@ fn a_channel_ends_the_pipeline_when_its_senders_are_gone() {
 }
 
 #[test]
+fn a_source_that_has_nothing_takes_no_room_from_the_others() {
+    let (idle, feed) = testing::source();
+    let (sender, receiver) = bounded(4);
+    let acknowledger = TestAcknowledger::new();
+    let pipeline = Pipeline::each(fine)
+        .source(idle)
+        .source_with(sources::channel(receiver), acknowledger.clone())
+        .max_in_flight(2)
+        .start()
+        .unwrap();
+    // Both wait in their sources, with the room that they have.
+    pass(ms(20));
+    for text in numbers(100) {
+        sender.send_timeout(text, LONG).unwrap();
+    }
+    assert!(acknowledger.wait_succeeded(100, LONG));
+    drop((sender, feed));
+    all_well(&pipeline.join());
+}
+
+#[test]
 fn the_pipeline_ends_with_the_last_of_several_sources() {
     let (source, feed) = testing::source();
     let (sender, receiver) = bounded(4);

@@ -15,7 +15,7 @@ use crate::work::{Handler, Pull, Source, Stop, Ticket};
 /// How long a source may take to close while the pipeline drains.
 const CLOSE: Duration = Duration::from_secs(5);
 
-/// Messages asked of a source at once.
+/// Messages asked of a source at once, if its share of the room is so large.
 const PULL: usize = 256;
 
 /// The thread's body.
@@ -59,7 +59,7 @@ impl<H: Handler> Intake<'_, H> {
                 State::Answering | State::Answered => self.close(),
                 _ => {}
             }
-            let room = match self.flow.reserve(PULL, self.state == State::Open) {
+            let room = match self.flow.reserve(self.share(), self.state == State::Open) {
                 Room::For(room) => room,
                 Room::End => {
                     self.begin_end();
@@ -79,6 +79,12 @@ impl<H: Handler> Intake<'_, H> {
                 return;
             }
         }
+    }
+
+    /// The most room it may hold while it waits: a source that has nothing must
+    /// not keep that of the others.
+    fn share(&self) -> usize {
+        (self.flow.policy.max_in_flight / self.flow.sources.len()).clamp(1, PULL)
     }
 
     /// Pulls once; `None` at the source's end.
