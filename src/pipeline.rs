@@ -659,6 +659,10 @@ impl<T> Batching<T> {
                 return Err(Error::setting("batcher", why));
             }
         }
+        if name.contains('\0') {
+            let why = format!("{name:?} cannot be part of a thread's name");
+            return Err(Error::setting("batcher", why));
+        }
         if let Err(why) = check_threads(self.concurrency) {
             return Err(Error::setting("batcher", format!("`concurrency` of {name:?} {why}")));
         }

@@ -39,6 +39,7 @@ fn bad_settings_fail_at_the_start_and_are_named() {
         ("rate_limit", "interval", builder().rate_limit(RateLimit::fixed_window(1, none))),
         ("handler_timeout", "more than zero", builder().handler_timeout(none)),
         ("batcher", "two named \"batch\"", batch(b()).batcher("batch", b())),
+        ("batcher", "thread's name", builder().batcher("a\0b", b())),
         ("batcher", "`size` of \"batch\"", batch(b().size(0))),
         ("batcher", "`size` of \"batch\"", batch(b().size_by(0, |_| 1))),
         ("batcher", "`concurrency` of \"batch\" must be at least", batch(b().concurrency(0))),
