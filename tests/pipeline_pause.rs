@@ -131,6 +131,52 @@ fn a_source_is_closed_at_once_when_there_is_no_room_for_its_messages() {
     assert_eq!(closed.len(), 1, "closed once");
 }
 
+#[test]
+fn a_source_is_closed_at_once_when_the_queue_has_no_room_for_its_messages() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let (sender, receiver) = bounded::<String>(200);
+    for text in numbers(100) {
+        sender.send(text).unwrap();
+    }
+    let closed = Noted::default();
+    let pipeline = Pipeline::each(move |_: &Message| {
+        held.enter();
+        Ok::<(), String>(())
+    })
+    .source(Told(closed.clone(), Box::new(sources::channel(receiver))))
+    .processors(1)
+    .queue(1)
+    .chunk(1)
+    .start()
+    .unwrap();
+    gate.entered.wait(1);
+    pipeline.drain();
+    closed.wait(1);
+    for text in numbers(100) {
+        sender.send(text).unwrap();
+    }
+    gate.open();
+    let report = pipeline.join();
+    all_well(&report);
+    assert_eq!(report.ledger.accepted, 100, "nothing that came after the drain");
+}
+
+/// Tells of its close.
+struct Told(Noted<()>, Box<dyn Source>);
+
+impl Source for Told {
+    fn pull(&mut self, most: usize, stop: &Stop) -> Pull {
+        self.1.pull(most, stop)
+    }
+
+    fn end(&mut self, deadline: std::time::Duration) -> Option<broadsock::Report> {
+        let report = self.1.end(deadline);
+        self.0.push(());
+        report
+    }
+}
+
 /// Has always another message, until it is closed.
 struct Closes(Noted<()>);
 
