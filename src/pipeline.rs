@@ -409,8 +409,8 @@ impl<H: Handler> PipelineBuilder<H> {
         self
     }
 
-    /// How many messages may be between acceptance and settlement. Defaults to
-    /// 10,000.
+    /// How many messages may be between acceptance and settlement; at least one
+    /// for each source. Defaults to 10,000.
     pub fn max_in_flight(mut self, messages: usize) -> Self {
         self.max_in_flight = messages;
         self
@@ -555,6 +555,9 @@ impl<H: Handler> PipelineBuilder<H> {
                 return Err(Error::setting(name, "must be at least 1"));
             }
         }
+        if self.max_in_flight < self.sources.len() {
+            return Err(Error::setting("max_in_flight", "must be at least 1 for each source"));
+        }
         check_threads(self.processors).map_err(|why| Error::setting("processors", why))?;
         if self.queue > MOST_QUEUED {
             return Err(Error::setting("queue", format!("must be at most {MOST_QUEUED}")));
@@ -655,6 +658,10 @@ impl<T> Batching<T> {
                 let why = format!("`{setting}` of {name:?} must be at least 1");
                 return Err(Error::setting("batcher", why));
             }
+        }
+        if name.contains('\0') {
+            let why = format!("{name:?} cannot be part of a thread's name");
+            return Err(Error::setting("batcher", why));
         }
         if let Err(why) = check_threads(self.concurrency) {
             return Err(Error::setting("batcher", format!("`concurrency` of {name:?} {why}")));

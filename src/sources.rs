@@ -1,5 +1,8 @@
 //! Sources of a pipeline besides clients: iterators and channels.
 
+use std::any::Any;
+use std::iter::Fuse;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,8 +14,12 @@ use crate::message::{BlockBuilder, Message, Payload};
 use crate::metrics::Report;
 use crate::work::{IntoSource, Pull, Settler, Source, Stop};
 
+/// How long an iterator is asked for more before what it gave is handed on.
+const GATHER: Duration = Duration::from_millis(1);
+
 /// Any iterator of texts or bytes as a source: the pipeline drains after its
-/// end. It is asked for one item at a time, and should not block for long.
+/// end. It is asked for one item at a time, and should not block for long: a
+/// stop waits for that item.
 ///
 /// ```
 /// use broadsock::{Pipeline, sources};
@@ -32,7 +39,7 @@ where
     I::IntoIter: Send + 'static,
     I::Item: AsRef<[u8]>,
 {
-    Iter { items: items.into_iter(), sequence: 0, closed: false }
+    Iter { items: items.into_iter().fuse(), sequence: 0, closed: false, panic: None }
 }
 
 /// A channel of texts or bytes as a source: the pipeline drains when all its
@@ -42,9 +49,11 @@ pub fn channel<T: AsRef<[u8]> + Send + 'static>(receiver: Receiver<T>) -> impl S
 }
 
 struct Iter<I> {
-    items: I,
+    items: Fuse<I>,
     sequence: u64,
     closed: bool,
+    /// Goes on when what was given before it has been handed on.
+    panic: Option<Box<dyn Any + Send>>,
 }
 
 impl<I> Source for Iter<I>
@@ -52,17 +61,30 @@ where
     I: Iterator + Send + 'static,
     I::Item: AsRef<[u8]>,
 {
-    fn pull(&mut self, most: usize, _: &Stop) -> Pull {
-        if self.closed {
-            return Pull::Ended;
-        }
+    fn pull(&mut self, most: usize, stop: &Stop) -> Pull {
+        let clock = Clock::real();
+        let started = clock.now();
         let mut gather = Gather::new(&mut self.sequence);
-        for item in self.items.by_ref().take(most) {
-            gather.push(item.as_ref());
+        let mut ended = self.closed;
+        while !ended
+            && self.panic.is_none()
+            && gather.len() < most
+            && !stop.is_set()
+            && clock.now().saturating_duration_since(started) < GATHER
+        {
+            let next = || self.items.next().map(|item| gather.push(item.as_ref())).is_none();
+            match catch_unwind(AssertUnwindSafe(next)) {
+                Ok(none) => ended = none,
+                Err(panic) => self.panic = Some(panic),
+            }
         }
         match gather.finish() {
-            messages if messages.is_empty() => Pull::Ended,
-            messages => Pull::Messages(messages),
+            messages if !messages.is_empty() => Pull::Messages(messages),
+            _ if ended => Pull::Ended,
+            messages => match self.panic.take() {
+                Some(panic) => resume_unwind(panic),
+                None => Pull::Messages(messages),
+            },
         }
     }
 

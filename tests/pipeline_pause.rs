@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use bench::*;
 use broadsock::crossbeam_channel::bounded;
 use broadsock::testing::{self, TestAcknowledger};
-use broadsock::{Message, Pipeline, Pull, Source, Stop, sources};
+use broadsock::{Batching, Message, Pipeline, Pull, Source, Stop, sources};
 
 fn fine(_: &Message) -> Result<(), String> {
     Ok(())
@@ -129,6 +129,115 @@ fn a_source_is_closed_at_once_when_there_is_no_room_for_its_messages() {
     gate.open();
     all_well(&pipeline.join());
     assert_eq!(closed.len(), 1, "closed once");
+}
+
+#[test]
+fn a_source_is_closed_at_once_when_the_queue_has_no_room_for_its_messages() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let (sender, receiver) = bounded::<String>(200);
+    for text in numbers(100) {
+        sender.send(text).unwrap();
+    }
+    let closed = Noted::default();
+    let pipeline = Pipeline::each(move |_: &Message| {
+        held.enter();
+        Ok::<(), String>(())
+    })
+    .source(Told(closed.clone(), Box::new(sources::channel(receiver))))
+    .processors(1)
+    .queue(1)
+    .chunk(1)
+    .start()
+    .unwrap();
+    gate.entered.wait(1);
+    pipeline.drain();
+    closed.wait(1);
+    for text in numbers(100) {
+        sender.send(text).unwrap();
+    }
+    gate.open();
+    let report = pipeline.join();
+    all_well(&report);
+    assert_eq!(report.ledger.accepted, 100, "nothing that came after the drain");
+}
+
+/// Tells of its close.
+struct Told(Noted<()>, Box<dyn Source>);
+
+impl Source for Told {
+    fn pull(&mut self, most: usize, stop: &Stop) -> Pull {
+        self.1.pull(most, stop)
+    }
+
+    fn end(&mut self, deadline: std::time::Duration) -> Option<broadsock::Report> {
+        let report = self.1.end(deadline);
+        self.0.push(());
+        report
+    }
+}
+
+/// Ends when its gate is open.
+struct Lingers(Gate);
+
+impl Source for Lingers {
+    fn pull(&mut self, _: usize, _: &Stop) -> Pull {
+        self.0.enter();
+        Pull::Ended
+    }
+}
+
+/// Gives one message, and stays open until that is settled.
+struct Answers {
+    given: bool,
+    quiet: Noted<()>,
+    closed: bool,
+}
+
+impl Source for Answers {
+    fn pull(&mut self, _: usize, stop: &Stop) -> Pull {
+        if self.closed {
+            return Pull::Ended;
+        }
+        if !std::mem::replace(&mut self.given, true) {
+            return Pull::Messages(vec![testing::TestMessage::text("a").build()]);
+        }
+        let _ = stop.signal().recv();
+        Pull::Messages(Vec::new())
+    }
+
+    fn stop_reading(&mut self) -> bool {
+        self.quiet.push(());
+        true
+    }
+
+    fn end(&mut self, _: std::time::Duration) -> Option<broadsock::Report> {
+        self.closed = true;
+        None
+    }
+}
+
+#[test]
+fn an_open_batch_does_not_wait_for_its_time_when_a_source_ends_last_but_the_answering() {
+    let (gate, quiet) = (Gate::new(), Noted::default());
+    let pipeline = Pipeline::builder(Hands::new(to_batch))
+        .source(Answers { given: false, quiet: quiet.clone(), closed: false })
+        .source(Lingers(gate.clone()))
+        .batcher("batch", Batching::new().timeout(LONG * 10))
+        .start()
+        .unwrap();
+    gate.entered.wait(1);
+    eventually("the item", || pipeline.metrics().stages[1].queued == 1);
+    pipeline.drain();
+    quiet.wait(1);
+    // By then the first source waits for its message.
+    pass(ms(50));
+    gate.open();
+    let drained = now();
+    let report = pipeline.join();
+    assert!(drained.elapsed() < LONG, "it waited for the batch's time");
+    all_well(&report);
+    assert_eq!(report.ledger.succeeded, 1);
 }
 
 /// Has always another message, until it is closed.

@@ -36,6 +36,40 @@ fn an_iterator_of_texts_and_bytes_ends_the_pipeline() {
 }
 
 #[test]
+fn what_an_iterator_has_given_does_not_wait_for_the_rest() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let acknowledger = TestAcknowledger::new();
+    let items = numbers(3).into_iter().chain(std::iter::once_with(move || {
+        held.enter();
+        "late".to_owned()
+    }));
+    // Whatever blocks comes after a break, so that a pull can end before it.
+    let items = items.inspect(|_| pass(ms(5)));
+    let pipeline = Pipeline::each(fine)
+        .source_with(sources::iter(items), acknowledger.clone())
+        .start()
+        .unwrap();
+    assert!(acknowledger.wait_succeeded(3, LONG));
+    gate.open();
+    let report = pipeline.join();
+    all_well(&report);
+    assert_eq!(report.ledger.succeeded, 4);
+}
+
+#[test]
+fn what_an_iterator_has_given_before_it_panics_is_processed() {
+    let items = (0..20).map(|number: u32| {
+        assert!(number < 10, "no more");
+        number.to_string()
+    });
+    let report = Pipeline::each(fine).source(sources::iter(items)).start().unwrap().join();
+    all_well(&report);
+    assert_eq!(report.ledger.succeeded, 10);
+    assert!(report.error.is_some_and(|error| error.chain().contains("no more")));
+}
+
+#[test]
 fn a_channel_ends_the_pipeline_when_its_senders_are_gone() {
     let (sender, receiver) = bounded(4);
     let pipeline = Pipeline::each(fine).source(sources::channel(receiver)).start().unwrap();
@@ -47,6 +81,27 @@ fn a_channel_ends_the_pipeline_when_its_senders_are_gone() {
     let report = pipeline.join();
     all_well(&report);
     assert_eq!(report.ledger.succeeded, 100);
+}
+
+#[test]
+fn a_source_that_has_nothing_takes_no_room_from_the_others() {
+    let (idle, feed) = testing::source();
+    let (sender, receiver) = bounded(4);
+    let acknowledger = TestAcknowledger::new();
+    let pipeline = Pipeline::each(fine)
+        .source(idle)
+        .source_with(sources::channel(receiver), acknowledger.clone())
+        .max_in_flight(2)
+        .start()
+        .unwrap();
+    // Both wait in their sources, with the room that they have.
+    pass(ms(20));
+    for text in numbers(100) {
+        sender.send_timeout(text, LONG).unwrap();
+    }
+    assert!(acknowledger.wait_succeeded(100, LONG));
+    drop((sender, feed));
+    all_well(&pipeline.join());
 }
 
 #[test]

@@ -11,8 +11,8 @@ use std::thread::ThreadId;
 use bench::*;
 use broadsock::testing::{self, TestAcknowledger, kill_worker};
 use broadsock::{
-    Acknowledger, Backoff, Batching, BoxError, ErrorKind, Failed, FailureKind, Intensity, Message,
-    Next, Pipeline, PipelineEvent, Pull, Source, Stop, Succeeded, sources,
+    Acknowledger, Backoff, Batching, BoxError, ErrorKind, Failed, Failure, FailureKind, Intensity,
+    Message, Next, Pipeline, PipelineEvent, Pull, Source, Stop, Succeeded, sources,
 };
 
 /// Restarts are counted over a minute, so that a busy machine does not change
@@ -66,6 +66,46 @@ fn a_killed_batch_worker_loses_its_batch_and_none_of_its_queue() {
     let lost: Vec<_> = (30..40).map(|n| (n.to_string(), FailureKind::WorkerDied)).collect();
     assert_eq!(kinds(&acknowledger), lost);
     assert!(acknowledger.succeeded().iter().map(|s| number(&s.message)).is_sorted());
+}
+
+/// An error that kills whoever prints it, if it is of the number 3.
+#[derive(Debug)]
+struct Fatal(u64);
+
+impl std::error::Error for Fatal {}
+
+impl std::fmt::Display for Fatal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.0 == 3 { kill_worker() } else { self.0.fmt(f) }
+    }
+}
+
+#[test]
+fn what_fails_with_its_batch_worker_is_not_handled_again() {
+    let handled = Noted::default();
+    let acknowledger = TestAcknowledger::new();
+    let noted = handled.clone();
+    let hands = Hands::new(move |message| {
+        noted.push(number(message));
+        to_batch(message)
+    })
+    .batch(|batch| {
+        for index in 0..batch.len() {
+            batch.fail(index, Failure::new(Fatal(batch.item(index).parse()?)));
+        }
+        Ok(())
+    });
+    let report = Pipeline::builder(hands)
+        .source_with(sources::iter(numbers(5)), acknowledger.clone())
+        .processors(1)
+        .retries(2, Backoff::constant(ms(1)))
+        .batcher("batch", Batching::new().size(5))
+        .start()
+        .unwrap()
+        .join();
+    all_well(&report);
+    assert_eq!((report.ledger.failed, handled.len()), (5, 5));
+    assert!(kinds(&acknowledger).iter().all(|(_, kind)| *kind == FailureKind::WorkerDied));
 }
 
 #[test]

@@ -307,7 +307,7 @@ fn outcomes<H: Handler>(
     batch: Batch<H::Item>,
     whole: Option<&Failure>,
 ) -> (Vec<Ticket>, Vec<(Ticket, Failure)>) {
-    let (mut succeeded, mut failed) = (Vec::new(), Vec::new());
+    let (mut succeeded, mut failed, mut again) = (Vec::new(), Vec::new(), Vec::new());
     for BatchEntry { ticket, item, failure } in batch.entries {
         flow.discard(item);
         let Some(failure) = whole.cloned().or(failure) else {
@@ -315,10 +315,12 @@ fn outcomes<H: Handler>(
             continue;
         };
         match flow.after_failure(&ticket, &failure) {
-            Some(due) => flow.retry_at(due, ticket),
+            Some(due) => again.push((due, ticket)),
             None => failed.push((ticket, failure)),
         }
     }
+    // Not before the last user code: if the thread dies of that, all of these fail.
+    again.into_iter().for_each(|(due, ticket)| flow.retry_at(due, ticket));
     (succeeded, failed)
 }
 

@@ -481,12 +481,13 @@ impl<H: Handler> Flow<H> {
             state.open_sources = state.open_sources.saturating_sub(1);
             state.open_sources == 0
         };
+        if last && self.enter(Phase::Draining) {
+            self.emit(PipelineEvent::Draining);
+        }
+        // Batchers may have nothing to wait for any more, also if the sources
+        // that are left wait for them.
+        self.batchers.values().for_each(|batcher| batcher.tick.fire());
         if last {
-            if self.enter(Phase::Draining) {
-                self.emit(PipelineEvent::Draining);
-            }
-            // Batchers may have nothing to wait for any more.
-            self.batchers.values().for_each(|batcher| batcher.tick.fire());
             self.tell_supervisor();
         }
     }

@@ -12,6 +12,7 @@ use crate::error::{Error, ErrorKind};
 use crate::logic::backoff::{Retry as Attempted, retry_delay};
 use crate::message::Message;
 use crate::threads::contained_user;
+use crate::threads::timer::Alarm;
 use crate::work::{Failure, FailureKind, Handler, Next, Ticket};
 
 /// Outcomes that have waited this long are settled before the next message.
@@ -39,6 +40,8 @@ pub(crate) fn run<H: Handler>(flow: &Arc<Flow<H>>, slot: &Slot) {
         chunk.done(flow, slot);
         // What is left in hand is returned.
         if stopped || slot.is_retired() || !refill(flow, slot, lane) {
+            // A wake-up for a retry that it may have taken is for the others.
+            flow.lanes[lane].tick.fire();
             return;
         }
         prepare(flow, slot);

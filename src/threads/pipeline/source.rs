@@ -15,7 +15,7 @@ use crate::work::{Handler, Pull, Source, Stop, Ticket};
 /// How long a source may take to close while the pipeline drains.
 const CLOSE: Duration = Duration::from_secs(5);
 
-/// Messages asked of a source at once.
+/// Messages asked of a source at once, if its share of the room is so large.
 const PULL: usize = 256;
 
 /// The thread's body.
@@ -59,7 +59,7 @@ impl<H: Handler> Intake<'_, H> {
                 State::Answering | State::Answered => self.close(),
                 _ => {}
             }
-            let room = match self.flow.reserve(PULL, self.state == State::Open) {
+            let room = match self.flow.reserve(self.share(), self.state == State::Open) {
                 Room::For(room) => room,
                 Room::End => {
                     self.begin_end();
@@ -79,6 +79,12 @@ impl<H: Handler> Intake<'_, H> {
                 return;
             }
         }
+    }
+
+    /// The most room it may hold while it waits: a source that has nothing must
+    /// not keep that of the others.
+    fn share(&self) -> usize {
+        (self.flow.policy.max_in_flight / self.flow.sources.len()).clamp(1, PULL)
     }
 
     /// Pulls once; `None` at the source's end.
@@ -192,25 +198,35 @@ impl<H: Handler> Intake<'_, H> {
             recv(self.flow.sources[self.index].tick.receiver) -> _ => true,
             recv(self.flow.stop.signal) -> _ => false,
         };
-        // It must not take in more while what it gave is dealt out slowly.
-        if self.flow.phase() == Phase::Draining && self.state == State::Open {
-            self.begin_end();
-        }
+        self.begin_end_if_draining();
         go_on
     }
 
-    /// Sends messages to their lanes, in chunks.
-    fn send(&self, tickets: impl Iterator<Item = Ticket>) -> bool {
-        let mut dealt: Vec<Vec<Ticket>> = self.flow.lanes.iter().map(|_| Vec::new()).collect();
-        for ticket in tickets {
-            dealt[self.flow.lane_of(&ticket)].push(ticket);
+    /// It must not take in more while what it gave is dealt out slowly.
+    fn begin_end_if_draining(&mut self) {
+        if self.flow.phase() == Phase::Draining && self.state == State::Open {
+            self.begin_end();
         }
-        for (lane, tickets) in self.flow.lanes.iter().zip(dealt) {
-            for chunk in tickets.chunks(self.flow.policy.chunk) {
+    }
+
+    /// Sends messages to their lanes, in chunks.
+    fn send(&mut self, tickets: impl Iterator<Item = Ticket>) -> bool {
+        let flow = self.flow;
+        let mut dealt: Vec<Vec<Ticket>> = flow.lanes.iter().map(|_| Vec::new()).collect();
+        for ticket in tickets {
+            dealt[flow.lane_of(&ticket)].push(ticket);
+        }
+        for (lane, tickets) in flow.lanes.iter().zip(dealt) {
+            for chunk in tickets.chunks(flow.policy.chunk) {
                 lane.queued.add(count(chunk.len()));
-                select! {
-                    send(lane.sender, chunk.to_vec()) -> _ => {}
-                    recv(self.flow.stop.signal) -> _ => return false,
+                loop {
+                    select! {
+                        send(lane.sender, chunk.to_vec()) -> _ => break,
+                        recv(flow.sources[self.index].tick.receiver) -> _ => {
+                            self.begin_end_if_draining();
+                        }
+                        recv(flow.stop.signal) -> _ => return false,
+                    }
                 }
             }
         }

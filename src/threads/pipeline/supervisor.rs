@@ -20,6 +20,9 @@ use crate::work::{Failure, FailureKind, Handler, Source};
 /// How long threads may take to end after all is settled, without a deadline.
 const END: Duration = Duration::from_secs(5);
 
+/// The least time between two looks for slow handlers.
+const LOOK: Duration = Duration::from_millis(1);
+
 /// Which thread a child is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Kind {
@@ -204,7 +207,7 @@ impl<H: Handler> Supervisor<H> {
     fn arm(&self, now: Instant) {
         let restarts = self.children.iter().filter_map(|child| child.restart_at);
         let slow = self.flow.policy.handler_timeout;
-        let slow = slow.and_then(|timeout| now.checked_add(timeout / 2));
+        let slow = slow.and_then(|timeout| now.checked_add((timeout / 2).max(LOOK)));
         if let Some(at) = restarts.chain(self.flow.deadline()).chain(slow).min() {
             self.flow.timer.arm(self.flow.supervisor_owner(), at);
         }
