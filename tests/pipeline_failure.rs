@@ -152,7 +152,8 @@ fn an_error_that_panics_as_it_is_printed_costs_its_own_message_only() {
     assert_eq!(pipeline.metrics().restarts, 0);
     let report = pipeline.join();
     all_well(&report);
-    let failed: Vec<_> = acknowledger.failed().iter().map(|f| f.message.to_string()).collect();
+    let mut failed: Vec<_> = acknowledger.failed().iter().map(|f| f.message.to_string()).collect();
+    failed.sort();
     assert_eq!(failed, ["1", "2"]);
 }
 
