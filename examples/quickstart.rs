@@ -13,6 +13,7 @@
 #![allow(clippy::print_stderr, reason = "a program that shows what it does")]
 #![allow(clippy::disallowed_methods, reason = "it runs in real time")]
 
+use std::convert::Infallible;
 use std::env;
 use std::error::Error;
 use std::fmt;
@@ -22,8 +23,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use broadsock::crossbeam_channel::bounded;
 use broadsock::testing::{Feed, Script, Server};
-use broadsock::{Backoff, Client, Dedup, Event, EventKind, State};
+use broadsock::{Backoff, Client, Dedup, Event, EventKind, Message, Pipeline, State};
 
 fn main() -> ExitCode {
     let mut arguments = env::args().skip(1);
@@ -37,7 +39,8 @@ fn main() -> ExitCode {
     })
 }
 
-/// The main job: every message of an unruly feed, once.
+/// The main job: every message of an unruly feed, once, from the socket through
+/// dedup and a pipeline to the last line of the accounts.
 fn unruly_feed() -> Result<ExitCode, Box<dyn Error>> {
     let server = start_server()?;
     let screen = Arc::new(Screen::new());
@@ -53,26 +56,44 @@ fn unruly_feed() -> Result<ExitCode, Box<dyn Error>> {
         .backoff(Backoff::exponential(Duration::from_millis(250), Duration::from_secs(2)))
         .start()?;
 
-    let mut tally = Tally::default();
-    for message in &client {
+    // Each message is handled once, on a worker thread, and accounted for.
+    let tally = Arc::new(Mutex::new(Tally::default()));
+    let (tell, complete) = bounded(1);
+    let (counted, shown) = (Arc::clone(&tally), Arc::clone(&screen));
+    let pipeline = Pipeline::each(move |message: &Message| {
         let id = id_of(message.text());
-        screen.progress(&id);
+        shown.progress(&id);
+        let mut tally = counted.lock().unwrap_or_else(PoisonError::into_inner);
         tally.count(&id);
         if tally.is_complete() {
-            break;
+            // Told once is enough.
+            let _ = tell.try_send(());
         }
-    }
+        Ok::<(), Infallible>(())
+    })
+    .source(client)
+    .processors(1)
+    .start()?;
 
-    let report = client.close(Duration::from_secs(2));
-    screen.line(format_args!("ledger: {}", report.metrics.ledger));
+    // Until all are here, or the client has failed and the pipeline with it ended.
+    while !pipeline.has_ended() && complete.recv_timeout(Duration::from_millis(100)).is_err() {}
+    let report = pipeline.stop(Duration::from_secs(2));
+    let tally = tally.lock().unwrap_or_else(PoisonError::into_inner);
+
+    screen.line(format_args!("pipeline: {}", report.ledger));
+    let Some(client) = report.sources.into_iter().flatten().next() else {
+        return Err("the client left no report".into());
+    };
+    screen.line(format_args!("ledger: {}", client.metrics.ledger));
     screen.line(format_args!(
         "{} attempts, {} connections, {} repeats sent by the server and dropped here",
-        report.metrics.attempts(),
-        report.metrics.connects(),
-        report.metrics.ledger.duplicates,
+        client.metrics.attempts(),
+        client.metrics.connects(),
+        client.metrics.ledger.duplicates,
     ));
     screen.line(format_args!("lost={} repeated={}", tally.lost(), tally.repeated()));
-    let perfect = tally.lost() == 0 && tally.repeated() == 0 && report.metrics.ledger.balanced();
+    let balanced = client.metrics.ledger.balanced() && report.ledger.balanced();
+    let perfect = tally.lost() == 0 && tally.repeated() == 0 && balanced;
     Ok(if perfect { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
