@@ -227,8 +227,7 @@ impl<'c> Epoch<'c> {
         }
         self.write(now)?;
         self.look_at_the_time(guest, now)?;
-        self.rest();
-        Ok(())
+        self.rest()
     }
 
     fn hear(&mut self) -> Result<(), EpochEnd> {
@@ -339,10 +338,10 @@ impl<'c> Epoch<'c> {
 
     /// Waits, unless there is more to read; then only looks at the socket, and
     /// only if a write waits for it.
-    fn rest(&mut self) {
+    fn rest(&mut self) -> Result<(), EpochEnd> {
         let busy = self.can_read();
         if busy && self.ws.socket().can_write() {
-            return;
+            return Ok(());
         }
         if !busy && let Some(at) = self.deadline() {
             self.connection.arm(at);
@@ -352,9 +351,10 @@ impl<'c> Epoch<'c> {
         let inbox = &shared.connections[*index].inbox;
         let (ws, more) = (&mut self.ws, &mut self.more);
         let tell = |ready: Ready| *more |= ws.on_ready(ready);
-        if let Err(error) = poller.wait(|| busy || inbox.posted(may_send), tell) {
-            log::error!("connection {index}: waiting for the socket failed: {error}");
-        }
+        poller.wait(|| busy || inbox.posted(may_send), tell).map_err(|error| {
+            let kind = ErrorKind::Io(error.kind());
+            Error::caused(kind, "waiting for the socket failed", error).into()
+        })
     }
 
     fn deadline(&self) -> Option<Instant> {

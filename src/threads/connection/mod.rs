@@ -149,7 +149,10 @@ impl Connection {
             match self.attempt() {
                 EpochEnd::Closed => break,
                 EpochEnd::Lost(error) => match self.lost(error) {
-                    Ok(delay) => self.back_off(delay),
+                    Ok(delay) => match self.back_off(delay) {
+                        Ok(()) => {}
+                        Err(error) => return ThreadEnd::Unrecoverable(error),
+                    },
                     Err(end) => return end,
                 },
             }
@@ -248,13 +251,16 @@ impl Connection {
     }
 
     /// Waits before the next attempt; a close ends the wait.
-    fn back_off(&mut self, delay: Duration) {
+    /// A thread that cannot wait must end, or it would try without a pause.
+    fn back_off(&mut self, delay: Duration) -> Result<(), Error> {
         let until = self.shared.clock.after(delay);
         while self.closing.is_none() && self.shared.clock.now() < until {
-            if self.park(until, &mut |_| {}).is_err() {
-                return;
+            match self.park(until, &mut |_| {}) {
+                Ok(()) | Err(DialEnd::Stopped) => {}
+                Err(DialEnd::Failed(error)) => return Err(error),
             }
         }
+        Ok(())
     }
 
     /// Takes a step of the state machine and tells of it.
