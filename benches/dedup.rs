@@ -70,6 +70,7 @@ fn main() {
 /// Both full, then in turn: as many ids again, fresh ones, then known ones.
 fn compare(window: usize, rounds: usize) -> Vec<Row> {
     let mut fresh = Row::new("fresh", Unit::Nanos);
+    let mut grouped = Row::new("fresh, 64 at a time", Unit::Nanos);
     let mut repeated = Row::new("repeated", Unit::Nanos);
     let now = Instant::now();
     let mut here = Dedup::new(window, None);
@@ -88,6 +89,11 @@ fn compare(window: usize, rounds: usize) -> Vec<Row> {
         next += batch as u128;
         fresh.bare.push(nanos_each(&ids, true, |id| bare.accept(id)));
         fresh.here.push(nanos_each(&ids, true, |id| here.accept(id, now)));
+        ids.clear();
+        ids.extend((0..batch as u128).map(|n| id(next + n)));
+        next += batch as u128;
+        grouped.bare.push(nanos_each(&ids, true, |id| bare.accept(id)));
+        grouped.here.push(nanos_grouped(&ids, &mut here, now));
         // Of the window, in an order unlike that of their arrival.
         let recent = next - window as u128;
         ids.clear();
@@ -95,7 +101,20 @@ fn compare(window: usize, rounds: usize) -> Vec<Row> {
         repeated.bare.push(nanos_each(&ids, false, |id| bare.accept(id)));
         repeated.here.push(nanos_each(&ids, false, |id| here.accept(id, now)));
     }
-    vec![fresh, repeated]
+    vec![fresh, grouped, repeated]
+}
+
+/// As blocks of a connection are judged: a group's lines are touched first.
+fn nanos_grouped(ids: &[u128], here: &mut Dedup, now: Instant) -> f64 {
+    let start = Instant::now();
+    let mut right = 0;
+    for group in ids.chunks(64) {
+        here.touch(group.iter().copied());
+        right += group.iter().filter(|id| here.accept(**id, now)).count();
+    }
+    let nanos = start.elapsed().as_nanos() as f64;
+    assert_eq!(right, ids.len(), "a fresh id is accepted");
+    nanos / ids.len() as f64
 }
 
 fn nanos_each(ids: &[u128], expected: bool, mut accept: impl FnMut(u128) -> bool) -> f64 {

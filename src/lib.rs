@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 mod acknowledger;
+mod block;
 mod client;
 mod config;
 mod error;

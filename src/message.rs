@@ -5,14 +5,8 @@ use std::num::NonZeroU128;
 use std::sync::Arc;
 use std::time::Instant;
 
-use tungstenite::{Bytes, Utf8Bytes};
-
-/// Payloads from this size on stay in the buffer they were read into; smaller
-/// ones are copied together, which frees that buffer (it is far larger).
-const LARGE: usize = 16 * 1024;
-
-/// Payloads are copied together up to about this size.
-const ARENA: usize = 1 << 30;
+pub(crate) use crate::block::{BlockBuilder, Payload};
+use crate::block::{BlockData, Entry, narrow};
 
 /// One data message: its payload and where it came from.
 ///
@@ -71,55 +65,6 @@ pub(crate) trait Account: Send + Sync {
     fn delivered(&self, count: usize);
     /// A block of `bytes` payload bytes left the queue.
     fn freed(&self, bytes: usize);
-}
-
-/// The payloads of a block and the table of where each one lies.
-pub(crate) struct BlockData {
-    connection: usize,
-    epoch: u64,
-    received_at: Instant,
-    /// Sequence that the entries' are counted from.
-    base: u64,
-    text: String,
-    binary: Vec<u8>,
-    large: Vec<Large>,
-    entries: Vec<Entry>,
-    /// One for each entry, while dedup is on; empty otherwise.
-    ids: Vec<Option<MessageId>>,
-}
-
-/// One row of a block's table: 16 bytes, for there is one for each message.
-#[derive(Clone, Copy)]
-struct Entry {
-    kind: Kind,
-    /// Where the payload starts in its arena, or its place among the large.
-    start: u32,
-    len: u32,
-    /// Sequence after the block's base.
-    sequence: u32,
-}
-
-/// Where a payload lies: text apart from binary, so that a text is validated
-/// once and sliced for ever after.
-#[derive(Clone, Copy)]
-enum Kind {
-    Text,
-    Binary,
-    Large,
-}
-
-enum Large {
-    Text(Utf8Bytes),
-    Binary(Bytes),
-}
-
-/// A payload on its way into a block.
-#[derive(Debug, Clone)]
-pub(crate) enum Payload<'a> {
-    Text(&'a str),
-    Binary(&'a [u8]),
-    OwnedText(Utf8Bytes),
-    OwnedBinary(Bytes),
 }
 
 impl Message {
@@ -183,7 +128,7 @@ impl Message {
             None => Payload::Binary(self.as_bytes()),
         };
         own.push(payload, self.metadata().sequence, self.id());
-        Self { block: Arc::new(own.data), index: 0 }
+        Self { block: Arc::new(own.build().0), index: 0 }
     }
 
     /// The payload copied into a vector.
@@ -214,6 +159,15 @@ impl fmt::Debug for Message {
             .field("len", &self.len())
             .field("metadata", &self.metadata())
             .finish_non_exhaustive()
+    }
+}
+
+impl BlockBuilder {
+    /// The block.
+    pub(crate) fn finish(self) -> Block {
+        let (data, bytes) = self.build();
+        let end = narrow(data.entries.len());
+        Block { data: Arc::new(data), next: 0, end, account: None, bytes }
     }
 }
 
@@ -326,187 +280,6 @@ impl fmt::Debug for MessageId {
     }
 }
 
-impl BlockData {
-    fn text_of(&self, entry: &Entry) -> Option<&str> {
-        match entry.kind {
-            Kind::Text => Some(&self.text[entry.range()]),
-            Kind::Binary => None,
-            Kind::Large => match &self.large[entry.start as usize] {
-                Large::Text(text) => Some(text.as_str()),
-                Large::Binary(_) => None,
-            },
-        }
-    }
-
-    fn bytes_of(&self, entry: &Entry) -> &[u8] {
-        match entry.kind {
-            Kind::Text => &self.text.as_bytes()[entry.range()],
-            Kind::Binary => &self.binary[entry.range()],
-            Kind::Large => match &self.large[entry.start as usize] {
-                Large::Text(text) => text.as_bytes(),
-                Large::Binary(bytes) => bytes,
-            },
-        }
-    }
-
-    fn is_text(&self, entry: &Entry) -> bool {
-        match entry.kind {
-            Kind::Text => true,
-            Kind::Binary => false,
-            Kind::Large => matches!(self.large[entry.start as usize], Large::Text(_)),
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        let large: usize = self
-            .large
-            .iter()
-            .map(|large| match large {
-                Large::Text(text) => text.len(),
-                Large::Binary(bytes) => bytes.len(),
-            })
-            .sum();
-        self.text.len() + self.binary.len() + large
-    }
-}
-
-impl Entry {
-    fn range(self) -> std::ops::Range<usize> {
-        self.start as usize..(self.start + self.len) as usize
-    }
-}
-
-/// Gathers the messages of one turn of the reader into a block.
-pub(crate) struct BlockBuilder {
-    data: BlockData,
-}
-
-impl BlockBuilder {
-    pub(crate) fn new(connection: usize, epoch: u64, received_at: Instant) -> Self {
-        Self {
-            data: BlockData {
-                connection,
-                epoch,
-                received_at,
-                base: 0,
-                text: String::new(),
-                binary: Vec::new(),
-                large: Vec::new(),
-                entries: Vec::new(),
-                ids: Vec::new(),
-            },
-        }
-    }
-
-    /// Bytes of the texts copied together.
-    pub(crate) fn text_bytes(&self) -> usize {
-        self.data.text.len()
-    }
-
-    /// Makes room for about as much as the last block had.
-    pub(crate) fn reserve(&mut self, messages: usize, bytes: usize) {
-        self.data.entries.reserve(messages);
-        self.data.text.reserve(bytes);
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.data.entries.len()
-    }
-
-    pub(crate) fn bytes(&self) -> usize {
-        self.data.bytes()
-    }
-
-    /// The ids of its messages.
-    pub(crate) fn ids(&self) -> impl Iterator<Item = MessageId> + '_ {
-        self.data.ids.iter().filter_map(|id| *id)
-    }
-
-    /// Takes a message. Sequences grow within a block.
-    pub(crate) fn push(&mut self, payload: Payload<'_>, sequence: u64, id: Option<MessageId>) {
-        if self.data.entries.is_empty() {
-            self.data.base = sequence;
-        }
-        let (kind, start, len) = self.place(payload);
-        let sequence = narrow((sequence - self.data.base) as usize);
-        if id.is_some() || !self.data.ids.is_empty() {
-            self.data.ids.resize(self.data.entries.len(), None);
-            self.data.ids.push(id);
-        }
-        self.data.entries.push(Entry { kind, start: narrow(start), len: narrow(len), sequence });
-    }
-
-    /// Keeps only the messages for which `fresh` says so: `None` is asked for
-    /// a message without an id.
-    pub(crate) fn retain(&mut self, mut fresh: impl FnMut(Option<MessageId>) -> bool) {
-        let BlockData { entries, ids, .. } = &mut self.data;
-        if ids.is_empty() {
-            entries.retain(|_| fresh(None));
-            return;
-        }
-        ids.resize(entries.len(), None);
-        let mut kept = 0;
-        for at in 0..entries.len() {
-            if fresh(ids[at]) {
-                (entries[kept], ids[kept]) = (entries[at], ids[at]);
-                kept += 1;
-            }
-        }
-        entries.truncate(kept);
-        ids.truncate(kept);
-    }
-
-    /// The block.
-    pub(crate) fn finish(mut self) -> Block {
-        if !self.data.ids.is_empty() {
-            self.data.ids.resize(self.data.entries.len(), None);
-        }
-        let end = narrow(self.data.entries.len());
-        let bytes = self.data.bytes();
-        Block { data: Arc::new(self.data), next: 0, end, account: None, bytes }
-    }
-
-    fn place(&mut self, payload: Payload<'_>) -> (Kind, usize, usize) {
-        match payload {
-            Payload::Text(text) => self.copy_text(text),
-            Payload::Binary(bytes) => self.copy_binary(bytes),
-            Payload::OwnedText(text) if text.len() >= LARGE => self.keep(Large::Text(text)),
-            Payload::OwnedBinary(bytes) if bytes.len() >= LARGE => self.keep(Large::Binary(bytes)),
-            Payload::OwnedText(text) => self.copy_text(&text),
-            Payload::OwnedBinary(bytes) => self.copy_binary(&bytes),
-        }
-    }
-
-    fn keep(&mut self, large: Large) -> (Kind, usize, usize) {
-        self.data.large.push(large);
-        (Kind::Large, self.data.large.len() - 1, 0)
-    }
-
-    fn copy_text(&mut self, text: &str) -> (Kind, usize, usize) {
-        // What a session emits may be of any size; offsets have 32 bits.
-        if self.data.text.len() + text.len() > LARGE + ARENA {
-            return self.keep(Large::Text(text.into()));
-        }
-        let start = self.data.text.len();
-        self.data.text.push_str(text);
-        (Kind::Text, start, text.len())
-    }
-
-    fn copy_binary(&mut self, bytes: &[u8]) -> (Kind, usize, usize) {
-        if self.data.binary.len() + bytes.len() > LARGE + ARENA {
-            return self.keep(Large::Binary(Bytes::copy_from_slice(bytes)));
-        }
-        let start = self.data.binary.len();
-        self.data.binary.extend_from_slice(bytes);
-        (Kind::Binary, start, bytes.len())
-    }
-}
-
-/// Offsets and counts of a block, which the arena's limit keeps small.
-fn narrow(number: usize) -> u32 {
-    u32::try_from(number).unwrap_or(u32::MAX)
-}
-
 impl Block {
     /// Splits off what lies behind the first `keep` messages.
     pub(crate) fn split_off(&mut self, keep: usize) -> Block {
@@ -524,12 +297,6 @@ impl Block {
         let front = Block { data, next: self.next, end: middle, account, bytes: 0 };
         self.next = middle;
         front
-    }
-}
-
-impl fmt::Debug for BlockBuilder {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("BlockBuilder").field("len", &self.len()).finish_non_exhaustive()
     }
 }
 
@@ -556,7 +323,7 @@ mod tests {
 
     #[test]
     fn messages_come_out_in_order_with_kind_content_and_origin() {
-        let big = "x".repeat(LARGE);
+        let big = "x".repeat(20_000);
         let mut builder = block();
         builder.push(Payload::Text("grüße"), 1, None);
         builder.push(Payload::Binary(&[1, 2]), 2, Some(MessageId::new(9)));

@@ -10,6 +10,7 @@
 use std::io::{self, Read, Write};
 
 use super::frame::{Head, head};
+use crate::block::{BLANK, Entry, Run, Spares};
 
 /// What an idle connection's buffer shrinks to.
 const SMALL: usize = 4 * 1024;
@@ -32,6 +33,12 @@ pub(super) struct Feed<S> {
     buffer: Vec<u8>,
     start: usize,
     end: usize,
+    /// The whole messages found last lie in `buffer[run..start]`, each where
+    /// its entry says.
+    run: usize,
+    entries: Vec<Entry>,
+    /// Buffers to go on with while blocks keep theirs.
+    spares: Spares,
     /// The buffer may grow to this.
     largest: usize,
     /// Bytes that are tungstenite's to read.
@@ -84,6 +91,9 @@ impl<S: Read> Feed<S> {
             buffer,
             start: 0,
             end,
+            run: 0,
+            entries: Vec::new(),
+            spares: Spares::new(),
             largest,
             passed: 0,
             close: Vec::new(),
@@ -94,6 +104,98 @@ impl<S: Read> Feed<S> {
             written: 0,
             limit,
         }
+    }
+
+    /// Finds whole messages that lie one behind the other, up to `most`, reading
+    /// as long as there is more and room for it. They are [`take_run`]'s
+    /// (Self::take_run) even after an error, which may be `WouldBlock`. When there
+    /// is none, what comes is [`next`](Self::next)'s to find.
+    pub(super) fn find_run(&mut self, most: usize) -> io::Result<()> {
+        self.entries.clear();
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        }
+        self.run = self.start;
+        if self.passed > 0 || self.large.is_some() || self.fragments {
+            return Ok(());
+        }
+        loop {
+            if !self.walk(most) {
+                return Ok(());
+            }
+            if self.end == self.buffer.len() {
+                if self.start == 0 || !self.entries.is_empty() {
+                    return Ok(());
+                }
+                self.make_room(self.end - self.start + 1);
+                self.run = self.start;
+            }
+            if self.read_on()? == 0 {
+                // The stream has ended: tungstenite judges by what went before.
+                if self.entries.is_empty() {
+                    self.pass_all();
+                }
+                return Ok(());
+            }
+        }
+    }
+
+    /// Whether [`find_run`](Self::find_run) found none.
+    pub(super) fn run_is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Enters the whole messages that are in the buffer; whether more bytes may
+    /// bring another.
+    fn walk(&mut self, most: usize) -> bool {
+        let buffer = &mut self.buffer[..self.end];
+        let mut at = self.start;
+        let may_go_on = loop {
+            if self.entries.len() == most {
+                break false;
+            }
+            match head(&buffer[at..]) {
+                Head::Whole { text, header, payload } if payload <= self.limit as u64 => {
+                    if payload > (buffer.len() - at - header) as u64 {
+                        break true;
+                    }
+                    let start = at + header;
+                    // It is not longer than the buffer.
+                    let len = payload as usize;
+                    buffer[at..start].fill(BLANK);
+                    self.entries.push(Entry::in_run(text, start, len, self.entries.len()));
+                    at = start + len;
+                }
+                Head::Short => break true,
+                _ => break false,
+            }
+        };
+        self.start = at;
+        may_go_on
+    }
+
+    /// The messages that [`find_run`](Self::find_run) found. If they are most of
+    /// the buffer they take it along, and reading goes on in another one; a copy
+    /// of a few is cheaper.
+    pub(super) fn take_run(&mut self) -> Run {
+        let (from, to) = (self.run, self.start);
+        self.run = to;
+        if (to - from) * 2 < self.buffer.len() || self.buffer.len() <= SMALL {
+            let bytes = self.buffer[from..to].to_vec();
+            let entries = self.entries.drain(..).map(|entry| entry.moved(from)).collect();
+            return Run { bytes, entries, ids: Vec::new(), home: None };
+        }
+        let spare = self.spares.take();
+        let mut next = spare.bytes;
+        next.resize(self.buffer.len(), 0);
+        let rest = self.end - to;
+        next[..rest].copy_from_slice(&self.buffer[to..self.end]);
+        let mut bytes = std::mem::replace(&mut self.buffer, next);
+        (self.start, self.end, self.run) = (0, rest, 0);
+        bytes.truncate(to);
+        bytes[..from].fill(BLANK);
+        let entries = std::mem::replace(&mut self.entries, spare.entries);
+        Run { bytes, entries, ids: spare.ids, home: Some(self.spares.home()) }
     }
 
     /// Finds what comes next, reading as needed; an error may be `WouldBlock`.
@@ -178,6 +280,8 @@ impl<S: Read> Feed<S> {
         if self.start == self.end && self.buffer.len() > SMALL {
             (self.start, self.end) = (0, 0);
             self.buffer = vec![0; SMALL.min(self.largest)];
+            self.entries = Vec::new();
+            self.spares.clear();
         }
     }
 
@@ -209,8 +313,7 @@ impl<S: Read> Feed<S> {
         self.fragments = open.unwrap_or(self.fragments);
     }
 
-    /// Reads what fits behind what is buffered. A buffer that was filled to the
-    /// brim is too small for this feed.
+    /// Reads what fits behind what is buffered.
     fn fill(&mut self) -> io::Result<usize> {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
@@ -218,6 +321,12 @@ impl<S: Read> Feed<S> {
         if self.end == self.buffer.len() {
             self.make_room(self.end - self.start + 1);
         }
+        self.read_on()
+    }
+
+    /// Reads into the room behind what is buffered, of which there is some. A
+    /// buffer that was filled to the brim is too small for this feed.
+    fn read_on(&mut self) -> io::Result<usize> {
         let space = self.buffer.len() - self.end;
         let count = self.stream.read(&mut self.buffer[self.end..])?;
         self.end += count;

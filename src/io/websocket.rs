@@ -12,7 +12,7 @@ use super::poll::{Poller, Ready};
 use super::socket::{Socket, Stream};
 use crate::error::{Error, ErrorKind};
 use crate::handler::{Body, Outgoing};
-use crate::message::Payload;
+use crate::message::{BlockBuilder, Payload};
 
 /// Frames gather up to this size before they are written without a flush.
 const WRITE_BUFFER: usize = 64 * 1024;
@@ -86,6 +86,28 @@ impl<S: Read + Write> Websocket<S> {
         let feed = Feed::new(stream, rest, limits.read_buffer, limits.max_message);
         let ws = tungstenite::WebSocket::from_raw_socket(feed, Role::Client, Some(config));
         Self { ws, produced: 0, pongs: 0, late: None, unfinished: VecDeque::new(), dirty: false }
+    }
+
+    /// Reads whole messages into an empty block, up to `most`, the first of them
+    /// number `first`; `false` when the socket has no more. A block that stays
+    /// empty says that [`read`](Self::read) must find out what comes. What was
+    /// read before an error is in the block.
+    pub(crate) fn read_run(
+        &mut self,
+        most: usize,
+        block: &mut BlockBuilder,
+        first: u64,
+    ) -> Result<bool, Error> {
+        let feed = self.ws.get_mut();
+        let found = feed.find_run(most);
+        if !feed.run_is_empty() {
+            block.adopt(feed.take_run(), first).map_err(not_utf8)?;
+        }
+        match found {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(error) => Err(lost(error.into())),
+        }
     }
 
     /// Reads one message, which is shown to `data`, or a control frame; `None`
@@ -540,22 +562,26 @@ mod tests {
         }
     }
 
-    fn read_here(bytes: &[u8], rest: usize, sizes: &[usize]) -> Vec<String> {
+    /// What is read here, as a connection reads: in runs of up to `most` where
+    /// there are any, else one by one; without runs if `most` is 0.
+    fn read_here(bytes: &[u8], rest: usize, sizes: &[usize], most: usize) -> Vec<String> {
         let rest = rest.min(bytes.len());
         let limits = Limits { read_buffer: 1024, max_message: LIMIT };
         let pieces = Pieces::new(&bytes[rest..], sizes);
         let mut ws = Websocket::new(pieces, bytes[..rest].to_vec(), limits);
         let mut seen = Vec::new();
         loop {
+            let run = if most > 0 { read_one_run(&mut ws, most, &mut seen) } else { Ok(true) };
+            match run {
+                Ok(true) => {}
+                Ok(false) => continue,
+                Err(error) => {
+                    seen.push(format!("{:?}", error.kind()));
+                    return seen;
+                }
+            }
             let mut data = None;
-            let read = ws.read(|payload| {
-                data = Some(match payload.data() {
-                    crate::handler::Data::Text(text) => format!("text {text}"),
-                    crate::handler::Data::Binary(bytes) => {
-                        format!("binary {:?}", Bytes::copy_from_slice(bytes))
-                    }
-                });
-            });
+            let read = ws.read(|payload| data = Some(told(payload.data())));
             seen.push(match read {
                 Ok(Some(Incoming::Data)) => data.unwrap(),
                 Ok(Some(Incoming::Ping)) => "ping".to_owned(),
@@ -567,6 +593,38 @@ mod tests {
                     return seen;
                 }
             });
+        }
+    }
+
+    /// Whether it is `read`'s turn.
+    fn read_one_run(
+        ws: &mut Websocket<Pieces>,
+        most: usize,
+        seen: &mut Vec<String>,
+    ) -> Result<bool, Error> {
+        let mut block = BlockBuilder::new(0, 1, crate::io::clock::Clock::real().now());
+        let more = ws.read_run(most, &mut block, 1);
+        let count = block.len();
+        assert!(count <= most);
+        let bytes = block.bytes();
+        let messages: Vec<_> = block.finish().collect();
+        assert_eq!(messages.iter().map(crate::message::Message::len).sum::<usize>(), bytes);
+        for (at, message) in messages.iter().enumerate() {
+            assert_eq!(message.metadata().sequence, at as u64 + 1);
+            seen.push(told(match message.text() {
+                Some(text) => crate::handler::Data::Text(text),
+                None => crate::handler::Data::Binary(message.as_bytes()),
+            }));
+        }
+        Ok(more? && count == 0)
+    }
+
+    fn told(data: crate::handler::Data<'_>) -> String {
+        match data {
+            crate::handler::Data::Text(text) => format!("text {text}"),
+            crate::handler::Data::Binary(bytes) => {
+                format!("binary {:?}", Bytes::copy_from_slice(bytes))
+            }
         }
     }
 
@@ -626,7 +684,10 @@ mod tests {
             sizes in proptest::collection::vec(prop_oneof![Just(0_usize), Just(1), 2_usize..2000], 0..8),
         ) {
             let bytes = &bytes[..bytes.len() - cut.min(bytes.len())];
-            prop_assert_eq!(read_here(bytes, rest, &sizes), reference(bytes, &sizes));
+            let reference = reference(bytes, &sizes);
+            for most in [0, 1, 5, 1000] {
+                prop_assert_eq!(&read_here(bytes, rest, &sizes, most), &reference, "most {}", most);
+            }
         }
     }
 }

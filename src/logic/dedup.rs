@@ -30,8 +30,8 @@ pub enum Processing {
 /// an id touches: one, which holds four ids with the numbers of their
 /// acceptances. There is no ring: an id is old when its number is, and the next
 /// line in turn is swept at each acceptance. An id whose line is full of others
-/// that count goes to a small map. Memory grows with use, to about 42 bytes for
-/// each id of the capacity (twice that with a time to live).
+/// that count goes to a small map. Memory grows with use, to about 64 bytes for
+/// each id of the capacity (half as much again with a time to live).
 #[derive(Debug, Clone)]
 pub(crate) struct Dedup {
     lines: Vec<Line>,
@@ -40,9 +40,9 @@ pub(crate) struct Dedup {
     /// Ids that found their lines full, with their acceptances, and their order.
     spill: HashMap<Key, Spilled, BuildHasherDefault<AsItIs>>,
     spill_order: VecDeque<(u64, Key)>,
-    /// Slots in use.
+    /// Slots in use, as long as the table may have to grow.
     used: usize,
-    /// Half of their slots are in use when the window is full.
+    /// One for each id of the capacity, so that few lines are ever full.
     most_lines: usize,
     /// The line to be swept next.
     hand: usize,
@@ -59,11 +59,11 @@ pub(crate) struct Dedup {
 /// Ids in one line.
 const WAYS: usize = 4;
 
-/// A bit for each of them.
-const ALL: u32 = (1 << WAYS) - 1;
-
-/// Lines of a window that has just begun.
+/// The most lines of a window that has just begun.
 const FIRST_LINES: usize = 16;
+
+/// Acceptances for each line that is swept: all are, long before numbers repeat.
+const SWEEP_EVERY: u64 = 4;
 
 /// The largest capacity: acceptances are told apart by 31 bits, and swept long
 /// before they repeat.
@@ -127,7 +127,7 @@ impl Dedup {
     pub(crate) fn new(capacity: usize, ttl: Option<Duration>) -> Self {
         let capacity = capacity.clamp(1, LARGEST);
         Self {
-            most_lines: capacity.div_ceil(2).next_power_of_two(),
+            most_lines: first_lines(capacity) << doublings(capacity),
             lines: Vec::new(),
             times: Vec::new(),
             spill: HashMap::default(),
@@ -145,43 +145,59 @@ impl Dedup {
     /// `false`: it is a duplicate.
     #[inline]
     pub(crate) fn accept(&mut self, id: u128, now: Instant) -> bool {
-        let base = *self.base.get_or_insert(now);
-        if self.used * 2 >= self.lines.len() * WAYS && self.lines.len() < self.most_lines {
+        if self.used >= self.lines.len() && self.lines.len() < self.most_lines {
             self.grow();
         }
         let key = Key::of(id);
-        let mut horizon = self.horizon(base, now);
-        let index = key.high as usize & (self.lines.len() - 1);
-        let (same, live) = self.scan(index, key, horizon);
-        if same & live != 0 {
+        let index = self.index(key);
+        let horizon = self.horizon(now);
+        if self.lines[index].may_know(key) {
+            return self.look_closer(index, key, horizon);
+        }
+        self.enter(index, key, self.free(index, horizon), horizon);
+        true
+    }
+
+    /// Judges an id whose line says that it may know it.
+    fn look_closer(&mut self, index: usize, key: Key, horizon: Horizon) -> bool {
+        let free = self.free(index, horizon);
+        let same = self.lines[index].way_of(key).map_or(0, |way| 1 << way);
+        if same & !free != 0 || self.lines[index].has_spilled() && self.is_in_spill(key, horizon) {
             return false;
         }
-        if self.lines[index].has_spilled() && self.is_in_spill(key, horizon) {
-            return false;
-        }
+        // Where it was before, or where nothing is that counts.
+        self.enter(index, key, if same != 0 { same } else { free }, horizon);
+        true
+    }
+
+    /// Enters a fresh id, in one of the `free` slots of its line if there are any.
+    #[inline]
+    fn enter(&mut self, index: usize, key: Key, free: u32, mut horizon: Horizon) {
         self.accepted += 1;
         if self.accepted << 1 & MARKS == 0 {
             // The number of an empty slot: it is passed over.
             self.accepted += 1;
         }
         horizon.accepted = self.accepted;
-        // Where it was before, or where nothing is that counts.
-        let free = if same != 0 { same } else { !live & ALL };
         if free == 0 {
             self.put_in_spill(index, key, horizon);
         } else {
             self.put(index, free.trailing_zeros() as usize, key, horizon);
         }
-        self.sweep(horizon);
-        true
+        if self.accepted.is_multiple_of(SWEEP_EVERY) {
+            self.sweep(horizon);
+        }
     }
 
     /// Asks the memory for the lines of ids that [`accept`](Self::accept) will be
     /// asked about: the waits for them overlap, as those of single look-ups
     /// would not.
     pub(crate) fn touch(&self, ids: impl Iterator<Item = u128>) {
-        let Some(mask) = self.lines.len().checked_sub(1) else { return };
-        let marks = ids.map(|id| self.lines[Key::of(id).high as usize & mask].marks[0]);
+        let lines = self.lines.as_slice();
+        if lines.is_empty() {
+            return;
+        }
+        let marks = ids.map(|id| lines[Key::of(id).index(lines.len())].marks[0]);
         std::hint::black_box(marks.fold(0, |all, mark| all ^ mark));
     }
 
@@ -215,7 +231,12 @@ impl Dedup {
 
     /// How far the message with this id got, if it is remembered at `now`.
     pub(crate) fn state(&self, id: u128, now: Instant) -> Option<Processing> {
-        let horizon = self.horizon(self.base?, now);
+        let horizon = Horizon {
+            accepted: self.accepted,
+            capacity: self.capacity,
+            now: self.base.map_or(0, |base| nanos(now.saturating_duration_since(base))),
+            ttl: self.ttl,
+        };
         let key = Key::of(id);
         let mark = self.mark_of(self.find(key)?, key);
         horizon.holds(mark).then_some(if mark.done {
@@ -228,23 +249,28 @@ impl Dedup {
     /// Ids held in memory, remembered or not.
     #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
-        self.used + self.spill.len()
+        let used = |line: &Line| line.marks.iter().filter(|mark| **mark != 0).count();
+        self.lines.iter().map(used).sum::<usize>() + self.spill.len()
     }
 
-    fn horizon(&self, base: Instant, now: Instant) -> Horizon {
-        Horizon {
-            accepted: self.accepted,
-            capacity: self.capacity,
-            // Without a time to live, time is of no concern.
-            now: if self.ttl == u64::MAX { 0 } else { nanos(now.saturating_duration_since(base)) },
-            ttl: self.ttl,
-        }
+    #[inline]
+    fn horizon(&mut self, now: Instant) -> Horizon {
+        // Without a time to live, time is of no concern.
+        let now = if self.ttl == u64::MAX {
+            0
+        } else {
+            nanos(now.saturating_duration_since(*self.base.get_or_insert(now)))
+        };
+        Horizon { accepted: self.accepted, capacity: self.capacity, now, ttl: self.ttl }
     }
 
     /// Where an id is, remembered or not: it is in one place at most.
     #[inline]
     fn find(&self, key: Key) -> Option<Place> {
-        let line = self.line_of(key)?;
+        if self.lines.is_empty() {
+            return None;
+        }
+        let line = self.index(key);
         let found = self.lines[line].way_of(key).map(|way| Place::Line { line, way });
         if found.is_some() || !self.lines[line].has_spilled() {
             return found;
@@ -269,26 +295,22 @@ impl Dedup {
         Mark { number: mark >> 1, at, done: mark & 1 == 1 }
     }
 
-    /// Which slots of a line hold this id, and which hold one that counts: a bit
-    /// for each, found without a branch that nobody could predict.
+    /// Which slots of a line hold nothing that counts: a bit for each, found
+    /// without a branch that nobody could predict.
     #[inline]
-    fn scan(&self, index: usize, key: Key, horizon: Horizon) -> (u32, u32) {
-        let line = &self.lines[index];
-        let (mut same, mut live) = (0, 0);
-        for way in 0..WAYS {
-            let mark = line.marks[way];
-            let equal = (line.keys[way] == key.low)
-                & (line.highs[way] & !SPILLED == key.high)
-                & (mark != 0);
-            same |= u32::from(equal) << way;
-            live |= u32::from((mark != 0) & horizon.counts(mark >> 1)) << way;
+    fn free(&self, index: usize, horizon: Horizon) -> u32 {
+        let marks = &self.lines[index].marks;
+        let mut free = 0;
+        for (way, mark) in marks.iter().enumerate() {
+            let outdated = (*mark == 0) | !horizon.counts(mark >> 1);
+            free |= u32::from(outdated) << way;
         }
         if let Some(times) = self.times.get(index) {
             for (way, at) in times.iter().enumerate() {
-                live &= !(u32::from(!horizon.is_young(*at)) << way);
+                free |= u32::from(!horizon.is_young(*at)) << way;
             }
         }
-        (same, live)
+        free
     }
 
     /// Whether the spill remembers the id; one that it holds in vain goes.
@@ -305,16 +327,23 @@ impl Dedup {
     /// Doubles the lines while the window has not its full size.
     #[cold]
     fn grow(&mut self) {
-        self.resize((self.lines.len() * 2).max(FIRST_LINES).min(self.most_lines));
+        self.resize(if self.lines.is_empty() {
+            first_lines(self.capacity as usize)
+        } else {
+            self.lines.len() * 2
+        });
     }
 
+    #[inline]
     fn put(&mut self, line: usize, way: usize, key: Key, horizon: Horizon) {
+        let grows = self.lines.len() < self.most_lines;
         let slot = &mut self.lines[line];
-        self.used += usize::from(slot.marks[way] == 0);
+        if grows {
+            self.used += usize::from(slot.marks[way] == 0);
+        }
         slot.keys[way] = key.low;
         slot.highs[way] = key.high | slot.highs[way] & SPILLED;
-        slot.marks[way] = horizon.accepted as u32 & NUMBERS;
-        slot.marks[way] <<= 1;
+        slot.marks[way] = (horizon.accepted as u32) << 1;
         if let Some(times) = self.times.get_mut(line) {
             times[way] = horizon.now;
         }
@@ -330,29 +359,28 @@ impl Dedup {
 
     #[cold]
     fn unspill(&mut self, key: Key) {
-        if self.spill.remove(&key).is_some()
-            && let Some(line) = self.line_of(key)
-        {
-            self.lines[line].unspill();
+        if self.spill.remove(&key).is_some() {
+            let index = self.index(key);
+            self.lines[index].unspill();
         }
     }
 
     fn clear(&mut self, line: usize, way: usize) {
         self.lines[line].marks[way] = 0;
-        self.used -= 1;
+        self.used = self.used.saturating_sub(1);
     }
 
     /// Empties the outdated slots of the next line in turn, so that numbers are
     /// gone long before they repeat; and the outdated part of the spill.
     #[inline]
     fn sweep(&mut self, horizon: Horizon) {
-        self.hand = (self.hand + 1) & (self.lines.len() - 1);
-        let (_, live) = self.scan(self.hand, Key { low: 0, high: 0 }, horizon);
+        self.hand = if self.hand + 1 < self.lines.len() { self.hand + 1 } else { 0 };
+        let free = self.free(self.hand, horizon);
         let line = &mut self.lines[self.hand];
         for (way, mark) in line.marks.iter_mut().enumerate() {
-            let outdated = (*mark != 0) & (live >> way & 1 == 0);
-            self.used -= usize::from(outdated);
-            *mark &= u32::from(outdated).wrapping_sub(1);
+            let outdated = (free >> way & 1 == 1) & (*mark != 0);
+            self.used = self.used.saturating_sub(usize::from(outdated));
+            *mark = if outdated { 0 } else { *mark };
         }
         if self.spill.is_empty() {
             line.set_spilled(0);
@@ -390,14 +418,14 @@ impl Dedup {
             }
         }
         for key in self.spill.keys() {
-            self.lines[key.high as usize & (count - 1)].spill();
+            self.lines[key.index(count)].spill();
         }
     }
 
     /// Puts an id where it belongs among more lines than before: what shared a
     /// line is spread over two, so there is room.
     fn move_in(&mut self, key: Key, mark: u32, at: u64) {
-        let Some(line) = self.line_of(key) else { return };
+        let line = self.index(key);
         let Some(way) = (0..WAYS).find(|way| self.lines[line].marks[*way] == 0) else { return };
         let slot = &mut self.lines[line];
         slot.keys[way] = key.low;
@@ -409,9 +437,10 @@ impl Dedup {
         }
     }
 
-    fn line_of(&self, key: Key) -> Option<usize> {
-        // The number of lines is a power of two.
-        Some(key.high as usize & self.lines.len().checked_sub(1)?)
+    /// The line of an id, when there are lines.
+    #[inline]
+    fn index(&self, key: Key) -> usize {
+        key.index(self.lines.len())
     }
 }
 
@@ -457,6 +486,13 @@ impl Key {
     fn of(id: u128) -> Self {
         Self { low: id as u64, high: (id >> 64) as u32 & !SPILLED }
     }
+
+    /// Its line among so many: as its `high` lies among all. When lines double,
+    /// those of one are spread over the two in its place.
+    #[inline]
+    fn index(self, lines: usize) -> usize {
+        ((u64::from(self.high) * lines as u64) >> 31) as usize
+    }
 }
 
 impl Line {
@@ -469,6 +505,19 @@ impl Line {
 
     fn key(&self, way: usize) -> Key {
         Key { low: self.keys[way], high: self.highs[way] & !SPILLED }
+    }
+
+    /// Whether the id may be here, or in the spill. Where it is not, this seldom
+    /// says so: the bits of `high` that the ids of a line do not share are many.
+    #[inline]
+    fn may_know(&self, key: Key) -> bool {
+        let mut similar = false;
+        let mut all = 0;
+        for high in self.highs {
+            similar |= (high ^ key.high) << 1 == 0;
+            all |= high;
+        }
+        similar | (all & SPILLED != 0)
     }
 
     #[inline]
@@ -536,6 +585,16 @@ pub(crate) fn check(capacity: usize, ttl: Option<Duration>) -> Result<(), Error>
         return Err(Error::setting("dedup", "time to live must be more than zero"));
     }
     Ok(())
+}
+
+/// How often the lines double before they are as many as the capacity.
+fn doublings(capacity: usize) -> u32 {
+    (capacity / FIRST_LINES).checked_ilog2().map_or(0, |doublings| doublings + 1)
+}
+
+/// Lines of a window that has just begun.
+fn first_lines(capacity: usize) -> usize {
+    capacity.div_ceil(1 << doublings(capacity))
 }
 
 /// Whole nanoseconds, saturating after 584 years.
@@ -655,11 +714,11 @@ mod tests {
         assert_eq!(window.lines.capacity(), 0);
         for id in 0..100_000 {
             window.accept(spread(id), now);
-            assert!(window.len() <= 2000);
+            assert!(window.lines.len() as u128 <= 16 + 4 * id);
         }
         assert!(window.len() >= 1000);
-        assert!(window.lines.len() * WAYS <= 4 * 1000 && window.times.is_empty());
-        assert!(window.spill_order.len() < 100, "{} spilled", window.spill_order.len());
+        assert!(window.lines.len() <= 1024 && window.times.is_empty());
+        assert!(window.spill_order.len() < 60, "{} spilled", window.spill_order.len());
         assert_eq!(size_of::<Line>(), 64);
     }
 
@@ -778,7 +837,8 @@ mod tests {
                 for id in 0..24 {
                     prop_assert_eq!(window.state(id, now), model.state(id, now), "id {}", id);
                 }
-                prop_assert!(window.len() <= 2 * capacity + WAYS);
+                prop_assert!(window.spill.len() <= capacity + SWEEP_EVERY as usize);
+                prop_assert!(window.lines.len() <= capacity + 1);
             }
         }
     }

@@ -137,13 +137,14 @@ impl Queue {
         let mut intake = self.intake();
         let all = block.len();
         if let Some(dedup) = &mut intake.dedup {
-            dedup.touch(block.ids().map(MessageId::to_u128));
             let mut without = 0;
-            block.retain(|id| match id {
-                Some(id) => dedup.accept(id.to_u128(), now),
-                None => {
-                    without += 1;
-                    true
+            block.retain(|ids, fresh| {
+                dedup.touch(ids.iter().flatten().map(|id| id.to_u128()));
+                for (id, fresh) in ids.iter().zip(fresh) {
+                    match id {
+                        Some(id) => *fresh = dedup.accept(id.to_u128(), now),
+                        None => without += 1,
+                    }
                 }
             });
             self.without_id.add(without);

@@ -21,6 +21,8 @@ extern crate self as mio;
 extern crate self as rand;
 extern crate self as socket2;
 
+#[path = "../../src/block.rs"]
+mod block;
 #[path = "../../src/error.rs"]
 mod error;
 mod event;

@@ -3,15 +3,19 @@
 use crate::planted::{Bug, planted};
 #[path = "../../src/message.rs"]
 mod real;
+use crate::block;
+use crate::block::Run;
+use crate::handler::Data;
 pub(crate) use real::{Account, Block, Message, MessageId, Metadata, Payload};
+use std::str::Utf8Error;
 use std::time::Instant;
 
-pub(crate) struct BlockBuilder(real::BlockBuilder);
+pub(crate) struct BlockBuilder(block::BlockBuilder);
 
 impl BlockBuilder {
     pub(crate) fn new(connection: usize, epoch: u64, at: Instant) -> Self {
         let epoch = if planted(Bug::WrongEpoch) { epoch.max(2) - 1 } else { epoch };
-        Self(real::BlockBuilder::new(connection, epoch, at))
+        Self(block::BlockBuilder::new(connection, epoch, at))
     }
 
     pub(crate) fn reserve(&mut self, messages: usize, bytes: usize) {
@@ -35,12 +39,21 @@ impl BlockBuilder {
         self.0.push(payload, if wrong { sequence + 5 } else { sequence }, id);
     }
 
-    pub(crate) fn ids(&self) -> impl Iterator<Item = MessageId> + '_ {
-        self.0.ids()
+    pub(crate) fn adopt(&mut self, run: Run, first: u64) -> Result<(), Utf8Error> {
+        let wrong = planted(Bug::WrongOrder) && first % 5 == 0;
+        self.0.adopt(run, if wrong { first + 5 } else { first })
     }
 
-    pub(crate) fn retain(&mut self, fresh: impl FnMut(Option<MessageId>) -> bool) {
-        self.0.retain(fresh);
+    pub(crate) fn identify(&mut self, id: impl FnMut(Data<'_>) -> Option<MessageId>) {
+        self.0.identify(id);
+    }
+
+    pub(crate) fn identify_contents(&mut self, id: impl FnMut(bool, &[u8]) -> MessageId) {
+        self.0.identify_contents(id);
+    }
+
+    pub(crate) fn retain(&mut self, judge: impl FnMut(&[Option<MessageId>], &mut [bool])) {
+        self.0.retain(judge);
     }
 
     pub(crate) fn finish(self) -> Block {

@@ -6,6 +6,7 @@ use super::SessionFactory;
 use super::ids::{IdSource, Ids};
 use crate::error::{BoxError, Error, ErrorKind};
 use crate::handler::{Acts, Data, Link, MAX_SENDS, Origin, Resume, Session, Sink};
+use crate::io::websocket::Websocket;
 use crate::message::{BlockBuilder, MessageId, Payload};
 use crate::threads::contained;
 
@@ -137,10 +138,36 @@ impl Gather<'_> {
     pub(super) fn take(&mut self, payload: Payload<'_>) {
         let id = match self.ids.source {
             IdSource::Off => None,
-            IdSource::Content => Some(self.ids.content(payload.data())),
+            IdSource::Content => Some(self.ids.content_of(payload.data())),
             _ => self.find(payload.data()),
         };
         self.push(payload, id);
+    }
+
+    /// Takes the whole messages that lie ready; `false` when the socket has no
+    /// more. Nothing is taken of what needs a closer look.
+    pub(super) fn take_run(&mut self, ws: &mut Websocket, most: usize) -> Result<bool, Error> {
+        let more = ws.read_run(most, &mut self.block, self.sequence + 1);
+        self.sequence += self.block.len() as u64;
+        match self.ids.source {
+            IdSource::Off => {}
+            IdSource::Content => {
+                self.block.identify_contents(|text, bytes| self.ids.content(text, bytes))
+            }
+            _ => self.find_all(),
+        }
+        more
+    }
+
+    fn find_all(&mut self) {
+        let Self { block, ids, raw_id, panic, .. } = self;
+        block.identify(|data| {
+            let found = ids.find(data, raw_id);
+            if panic.is_none() {
+                *panic = found.panic;
+            }
+            found.id
+        });
     }
 
     fn find(&mut self, data: Data<'_>) -> Option<MessageId> {

@@ -64,7 +64,7 @@ impl Ids {
         let mut panic = None;
         let id = match &self.source {
             IdSource::Off | IdSource::Session => None,
-            IdSource::Content => Some(self.content(data)),
+            IdSource::Content => Some(self.content_of(data)),
             IdSource::Pointer(pointer) => pointer.find(data.as_bytes()).map(|found| {
                 raw.extend_from_slice(found.raw);
                 let string = found.kind == TokenKind::String;
@@ -82,12 +82,14 @@ impl Ids {
     }
 
     /// The identity of a message that is its own id.
+    pub(crate) fn content_of(&self, data: Data<'_>) -> MessageId {
+        self.content(matches!(data, Data::Text(_)), data.as_bytes())
+    }
+
+    /// The same, of its kind and its bytes.
     #[inline]
-    pub(crate) fn content(&self, data: Data<'_>) -> MessageId {
-        match data {
-            Data::Text(text) => self.identity.of(TEXT, text.as_bytes()),
-            Data::Binary(bytes) => self.identity.of(BINARY, bytes),
-        }
+    pub(crate) fn content(&self, text: bool, bytes: &[u8]) -> MessageId {
+        self.identity.of(if text { TEXT } else { BINARY }, bytes)
     }
 }
 

@@ -6,7 +6,7 @@ use crate::planted::{Bug, planted};
 mod real;
 use crate::error::Error;
 use crate::handler::Outgoing;
-use crate::message::Payload;
+use crate::message::{BlockBuilder, Payload};
 use poll::{Poller, Ready};
 pub(crate) use real::{Incoming, Limits, Sent};
 use socket::{Socket, Stream};
@@ -24,6 +24,15 @@ impl Websocket {
         data: impl FnOnce(Payload<'_>),
     ) -> Result<Option<Incoming>, Error> {
         self.0.read(data)
+    }
+
+    pub(crate) fn read_run(
+        &mut self,
+        most: usize,
+        block: &mut BlockBuilder,
+        first: u64,
+    ) -> Result<bool, Error> {
+        self.0.read_run(most, block, first)
     }
 
     pub(crate) fn shrink(&mut self) {

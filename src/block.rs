@@ -1,0 +1,586 @@
+//! The memory of messages that arrived together.
+//!
+//! What a connection reads becomes a block in one of two ways. A run of whole
+//! messages is taken over in the buffer it was read into: nothing is copied,
+//! and a block of texts is checked for UTF-8 in one go. Everything else is
+//! copied together, one message after the other.
+
+use std::fmt;
+use std::ops::Range;
+use std::str::Utf8Error;
+use std::time::Instant;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use tungstenite::{Bytes, Utf8Bytes};
+
+use crate::handler::Data;
+use crate::message::MessageId;
+
+/// Payloads from this size on stay in the buffer they were read into; smaller
+/// ones are copied together, which frees that buffer (it is far larger).
+const LARGE: usize = 16 * 1024;
+
+/// Payloads are copied together up to about this size.
+const ARENA: usize = 1 << 30;
+
+/// Buffers that wait for their next use, for each connection.
+const SPARES: usize = 4;
+
+/// A run whose fresh messages are less than this part of it is copied, so that
+/// a few messages do not keep the memory of many.
+const SPARSE: usize = 4;
+
+/// Messages that are judged together.
+const GROUP: usize = 64;
+
+/// What stands between texts in a buffer, where the heads of frames were: any
+/// character of one byte will do, as it can neither end nor continue another.
+pub(crate) const BLANK: u8 = b' ';
+
+/// The payloads of a block and the table of where each one lies.
+pub(crate) struct BlockData {
+    pub(crate) connection: usize,
+    pub(crate) epoch: u64,
+    pub(crate) received_at: Instant,
+    /// Sequence that the entries' are counted from.
+    pub(crate) base: u64,
+    text: String,
+    binary: Vec<u8>,
+    large: Vec<Large>,
+    pub(crate) entries: Vec<Entry>,
+    /// One for each entry, while dedup is on; empty otherwise.
+    pub(crate) ids: Vec<Option<MessageId>>,
+    /// Where the memory of a run returns to.
+    home: Option<Sender<Spare>>,
+}
+
+/// One row of a block's table: 16 bytes, for there is one for each message.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Entry {
+    kind: Kind,
+    /// Where the payload starts in its arena, or its place among the large.
+    start: u32,
+    len: u32,
+    /// Sequence after the block's base.
+    pub(crate) sequence: u32,
+}
+
+/// Where a payload lies: text apart from binary, so that a text is validated
+/// once and sliced for ever after.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Text,
+    Binary,
+    Large,
+}
+
+enum Large {
+    Text(Utf8Bytes),
+    Binary(Bytes),
+}
+
+/// A payload on its way into a block.
+#[derive(Debug, Clone)]
+pub(crate) enum Payload<'a> {
+    Text(&'a str),
+    Binary(&'a [u8]),
+    OwnedText(Utf8Bytes),
+    OwnedBinary(Bytes),
+}
+
+/// Whole messages, one behind the other in the buffer they were read into. What
+/// lies between them is blank.
+#[derive(Debug)]
+pub(crate) struct Run {
+    pub(crate) bytes: Vec<u8>,
+    /// Where in `bytes` the messages are.
+    pub(crate) entries: Vec<Entry>,
+    /// Room for their ids.
+    pub(crate) ids: Vec<Option<MessageId>>,
+    /// Who wants the memory back.
+    pub(crate) home: Option<Sender<Spare>>,
+}
+
+/// The memory of a block that is no more.
+#[derive(Debug, Default)]
+pub(crate) struct Spare {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) entries: Vec<Entry>,
+    pub(crate) ids: Vec<Option<MessageId>>,
+}
+
+/// The spare memory of a connection. Consumers drop blocks on other threads
+/// than the one that fills them; what they give back saves the reader from
+/// clearing fresh memory for each block.
+#[derive(Debug)]
+pub(crate) struct Spares {
+    home: Sender<Spare>,
+    spares: Receiver<Spare>,
+}
+
+impl Spares {
+    pub(crate) fn new() -> Self {
+        let (home, spares) = bounded(SPARES);
+        Self { home, spares }
+    }
+
+    /// Memory of an earlier block, or none yet.
+    pub(crate) fn take(&self) -> Spare {
+        self.spares.try_recv().unwrap_or_default()
+    }
+
+    pub(crate) fn home(&self) -> Sender<Spare> {
+        self.home.clone()
+    }
+
+    /// Lets go of all that is not in use.
+    pub(crate) fn clear(&self) {
+        self.spares.try_iter().for_each(drop);
+    }
+}
+
+impl Entry {
+    /// A message of a run, the one with this number in it.
+    pub(crate) fn in_run(text: bool, start: usize, len: usize, number: usize) -> Self {
+        let kind = if text { Kind::Text } else { Kind::Binary };
+        Self { kind, start: narrow(start), len: narrow(len), sequence: narrow(number) }
+    }
+
+    /// The same in a buffer that begins `cut` bytes later.
+    pub(crate) fn moved(self, cut: usize) -> Self {
+        Self { start: self.start - narrow(cut), ..self }
+    }
+
+    fn range(self) -> Range<usize> {
+        self.start as usize..(self.start + self.len) as usize
+    }
+}
+
+impl BlockData {
+    pub(crate) fn text_of(&self, entry: &Entry) -> Option<&str> {
+        match entry.kind {
+            Kind::Text => Some(&self.text[entry.range()]),
+            Kind::Binary => None,
+            Kind::Large => match &self.large[entry.start as usize] {
+                Large::Text(text) => Some(text.as_str()),
+                Large::Binary(_) => None,
+            },
+        }
+    }
+
+    pub(crate) fn bytes_of(&self, entry: &Entry) -> &[u8] {
+        match entry.kind {
+            Kind::Text => &self.text.as_bytes()[entry.range()],
+            Kind::Binary => &self.binary[entry.range()],
+            Kind::Large => self.large[entry.start as usize].bytes(),
+        }
+    }
+
+    pub(crate) fn is_text(&self, entry: &Entry) -> bool {
+        match entry.kind {
+            Kind::Text => true,
+            Kind::Binary => false,
+            Kind::Large => matches!(self.large[entry.start as usize], Large::Text(_)),
+        }
+    }
+
+    fn data_of(&self, entry: &Entry) -> Data<'_> {
+        match self.text_of(entry) {
+            Some(text) => Data::Text(text),
+            None => Data::Binary(self.bytes_of(entry)),
+        }
+    }
+}
+
+impl Drop for BlockData {
+    /// Returns the memory of a run.
+    fn drop(&mut self) {
+        let Some(home) = self.home.take() else { return };
+        let text = std::mem::take(&mut self.text).into_bytes();
+        let binary = std::mem::take(&mut self.binary);
+        let bytes = if text.capacity() >= binary.capacity() { text } else { binary };
+        let (mut entries, mut ids) =
+            (std::mem::take(&mut self.entries), std::mem::take(&mut self.ids));
+        entries.clear();
+        ids.clear();
+        // More than enough are spare already, or the connection is gone.
+        let _ = home.try_send(Spare { bytes, entries, ids });
+    }
+}
+
+fn len_of(large: &[Large], entry: &Entry) -> usize {
+    match entry.kind {
+        Kind::Text | Kind::Binary => entry.len as usize,
+        Kind::Large => large[entry.start as usize].bytes().len(),
+    }
+}
+
+impl Large {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Large::Text(text) => text.as_bytes(),
+            Large::Binary(bytes) => bytes,
+        }
+    }
+}
+
+/// Gathers the messages of one turn of the reader into a block.
+pub(crate) struct BlockBuilder {
+    data: BlockData,
+    /// Payload bytes of its messages.
+    bytes: usize,
+}
+
+impl BlockBuilder {
+    pub(crate) fn new(connection: usize, epoch: u64, received_at: Instant) -> Self {
+        Self {
+            data: BlockData {
+                connection,
+                epoch,
+                received_at,
+                base: 0,
+                text: String::new(),
+                binary: Vec::new(),
+                large: Vec::new(),
+                entries: Vec::new(),
+                ids: Vec::new(),
+                home: None,
+            },
+            bytes: 0,
+        }
+    }
+
+    /// Bytes of the texts copied together.
+    pub(crate) fn text_bytes(&self) -> usize {
+        self.data.text.len()
+    }
+
+    /// Makes room for about as much as the last block had.
+    pub(crate) fn reserve(&mut self, messages: usize, bytes: usize) {
+        self.data.entries.reserve(messages);
+        self.data.text.reserve(bytes);
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.data.entries.len()
+    }
+
+    /// Payload bytes of its messages.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Makes a run the block's first messages, the first of them number `first`
+    /// of its epoch. An error is of the first text that is not UTF-8; the
+    /// messages before it are taken.
+    pub(crate) fn adopt(&mut self, run: Run, first: u64) -> Result<(), Utf8Error> {
+        debug_assert!(self.data.entries.is_empty(), "a run begins a block");
+        let Run { bytes, entries, ids, home } = run;
+        self.data.base = first;
+        (self.data.entries, self.data.ids, self.data.home) = (entries, ids, home);
+        let texts = self.data.entries.first().is_some_and(|entry| entry.kind == Kind::Text);
+        let checked = if texts { self.adopt_texts(bytes) } else { self.adopt_binaries(bytes) };
+        self.bytes = self.data.entries.iter().map(|entry| entry.len as usize).sum();
+        checked
+    }
+
+    /// Takes over a buffer of texts. Binary messages among them are moved out.
+    fn adopt_texts(&mut self, mut bytes: Vec<u8>) -> Result<(), Utf8Error> {
+        let BlockData { entries, binary, text, .. } = &mut self.data;
+        for entry in entries.iter_mut().filter(|entry| entry.kind == Kind::Binary) {
+            let start = binary.len();
+            let payload = &mut bytes[entry.range()];
+            binary.extend_from_slice(payload);
+            payload.fill(BLANK);
+            entry.start = narrow(start);
+        }
+        match String::from_utf8(bytes) {
+            Ok(valid) => {
+                *text = valid;
+                Ok(())
+            }
+            Err(error) => {
+                let valid = error.utf8_error().valid_up_to();
+                let mut bytes = error.into_bytes();
+                let broken = |entry: &Entry| entry.kind == Kind::Text && entry.range().end > valid;
+                let bad = entries.iter().position(broken).unwrap_or(0);
+                let why = std::str::from_utf8(&bytes[entries[bad].range()]).map(drop);
+                entries.truncate(bad);
+                bytes.truncate(valid);
+                *text = String::from_utf8(bytes).unwrap_or_default();
+                why
+            }
+        }
+    }
+
+    /// Takes over a buffer of binary messages. Texts among them are copied out.
+    fn adopt_binaries(&mut self, bytes: Vec<u8>) -> Result<(), Utf8Error> {
+        let BlockData { entries, binary, text, .. } = &mut self.data;
+        *binary = bytes;
+        for at in 0..entries.len() {
+            let entry = &mut entries[at];
+            if entry.kind == Kind::Text {
+                match std::str::from_utf8(&binary[entry.range()]) {
+                    Ok(valid) => {
+                        entry.start = narrow(text.len());
+                        text.push_str(valid);
+                    }
+                    Err(error) => {
+                        entries.truncate(at);
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks for the id of each message.
+    pub(crate) fn identify(&mut self, mut id: impl FnMut(Data<'_>) -> Option<MessageId>) {
+        let BlockData { entries, .. } = &self.data;
+        let ids = entries.iter().map(|entry| id(self.data.data_of(entry))).collect();
+        self.data.ids = ids;
+    }
+
+    /// Gives each message the id of its kind, text or not, and content.
+    pub(crate) fn identify_contents(&mut self, mut id: impl FnMut(bool, &[u8]) -> MessageId) {
+        let mut ids = std::mem::take(&mut self.data.ids);
+        ids.clear();
+        ids.reserve(self.data.entries.len());
+        for entry in &self.data.entries {
+            ids.push(Some(id(self.data.is_text(entry), self.data.bytes_of(entry))));
+        }
+        self.data.ids = ids;
+    }
+
+    /// Takes a message. Sequences grow within a block.
+    pub(crate) fn push(&mut self, payload: Payload<'_>, sequence: u64, id: Option<MessageId>) {
+        if self.data.entries.is_empty() {
+            self.data.base = sequence;
+        }
+        self.bytes += payload.data().as_bytes().len();
+        let (kind, start, len) = self.place(payload);
+        let sequence = narrow((sequence - self.data.base) as usize);
+        if id.is_some() || !self.data.ids.is_empty() {
+            self.data.ids.resize(self.data.entries.len(), None);
+            self.data.ids.push(id);
+        }
+        self.data.entries.push(Entry { kind, start: narrow(start), len: narrow(len), sequence });
+    }
+
+    /// Keeps only the messages that `judge` finds fresh, a group at a time: it is
+    /// shown their ids, where they have one, and says `false` of the others.
+    pub(crate) fn retain(&mut self, mut judge: impl FnMut(&[Option<MessageId>], &mut [bool])) {
+        let BlockData { entries, ids, large, .. } = &mut self.data;
+        ids.resize(entries.len(), None);
+        let mut verdicts = [true; GROUP];
+        let (mut kept, mut dropped) = (0, 0);
+        for from in (0..entries.len()).step_by(GROUP) {
+            let group = GROUP.min(entries.len() - from);
+            let verdicts = &mut verdicts[..group];
+            verdicts.fill(true);
+            judge(&ids[from..from + group], verdicts);
+            for (at, fresh) in (from..).zip(verdicts) {
+                if !*fresh {
+                    dropped += len_of(large, &entries[at]);
+                    continue;
+                }
+                if kept < at {
+                    (entries[kept], ids[kept]) = (entries[at], ids[at]);
+                }
+                kept += 1;
+            }
+        }
+        entries.truncate(kept);
+        ids.truncate(kept);
+        self.bytes -= dropped;
+    }
+
+    /// What is to be a block, and its payload bytes.
+    pub(crate) fn build(mut self) -> (BlockData, usize) {
+        if self.data.home.is_some()
+            && self.bytes * SPARSE < self.data.text.len().max(self.data.binary.len())
+        {
+            self = self.condensed();
+        }
+        if !self.data.ids.is_empty() {
+            self.data.ids.resize(self.data.entries.len(), None);
+        }
+        (self.data, self.bytes)
+    }
+
+    /// The same messages in memory that is no larger than they are.
+    fn condensed(self) -> Self {
+        let data = &self.data;
+        let mut own = Self::new(data.connection, data.epoch, data.received_at);
+        own.reserve(data.entries.len(), if data.binary.is_empty() { self.bytes } else { 0 });
+        for (at, entry) in data.entries.iter().enumerate() {
+            let payload = match data.data_of(entry) {
+                Data::Text(text) => Payload::Text(text),
+                Data::Binary(bytes) => Payload::Binary(bytes),
+            };
+            let id = data.ids.get(at).copied().flatten();
+            own.push(payload, data.base + u64::from(entry.sequence), id);
+        }
+        own
+    }
+
+    fn place(&mut self, payload: Payload<'_>) -> (Kind, usize, usize) {
+        match payload {
+            Payload::Text(text) => self.copy_text(text),
+            Payload::Binary(bytes) => self.copy_binary(bytes),
+            Payload::OwnedText(text) if text.len() >= LARGE => self.keep(Large::Text(text)),
+            Payload::OwnedBinary(bytes) if bytes.len() >= LARGE => self.keep(Large::Binary(bytes)),
+            Payload::OwnedText(text) => self.copy_text(&text),
+            Payload::OwnedBinary(bytes) => self.copy_binary(&bytes),
+        }
+    }
+
+    fn keep(&mut self, large: Large) -> (Kind, usize, usize) {
+        self.data.large.push(large);
+        (Kind::Large, self.data.large.len() - 1, 0)
+    }
+
+    fn copy_text(&mut self, text: &str) -> (Kind, usize, usize) {
+        // What a session emits may be of any size; offsets have 32 bits.
+        if self.data.text.len() + text.len() > LARGE + ARENA {
+            return self.keep(Large::Text(text.into()));
+        }
+        let start = self.data.text.len();
+        self.data.text.push_str(text);
+        (Kind::Text, start, text.len())
+    }
+
+    fn copy_binary(&mut self, bytes: &[u8]) -> (Kind, usize, usize) {
+        if self.data.binary.len() + bytes.len() > LARGE + ARENA {
+            return self.keep(Large::Binary(Bytes::copy_from_slice(bytes)));
+        }
+        let start = self.data.binary.len();
+        self.data.binary.extend_from_slice(bytes);
+        (Kind::Binary, start, bytes.len())
+    }
+}
+
+/// Offsets and counts of a block, which the arena's limit keeps small.
+pub(crate) fn narrow(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+impl fmt::Debug for BlockBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BlockBuilder").field("len", &self.len()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::Message;
+
+    fn builder() -> BlockBuilder {
+        BlockBuilder::new(0, 1, crate::io::clock::Clock::real().now())
+    }
+
+    /// A run of these payloads, each behind a head of two bytes.
+    fn run(payloads: &[(bool, &[u8])], home: Option<Sender<Spare>>) -> Run {
+        let mut run = Run { bytes: Vec::new(), entries: Vec::new(), ids: Vec::new(), home };
+        for (number, (text, payload)) in payloads.iter().enumerate() {
+            run.bytes.extend([BLANK; 2]);
+            let start = run.bytes.len();
+            run.entries.push(Entry::in_run(*text, start, payload.len(), number));
+            run.bytes.extend_from_slice(payload);
+        }
+        run
+    }
+
+    fn messages(block: BlockBuilder) -> Vec<(bool, Vec<u8>, u64)> {
+        let told =
+            |message: Message| (message.is_text(), message.to_vec(), message.metadata().sequence);
+        block.finish().map(told).collect()
+    }
+
+    #[test]
+    fn a_run_of_both_kinds_is_what_was_sent_whichever_comes_first() {
+        let (text, binary) = ((true, "grüße".as_bytes()), (false, &[0x81, 0xff, 0][..]));
+        for payloads in [[text, binary, text, binary], [binary, text, binary, text]] {
+            let mut block = builder();
+            block.adopt(run(&payloads, None), 7).unwrap();
+            assert_eq!(block.bytes(), 2 * (7 + 3));
+            let expected: Vec<_> =
+                (7..).zip(payloads).map(|(n, (text, bytes))| (text, bytes.to_vec(), n)).collect();
+            assert_eq!(messages(block), expected);
+        }
+    }
+
+    #[test]
+    fn what_comes_before_a_text_that_is_not_utf8_is_kept() {
+        // Cut off within a character, so that its rest could be in the next one.
+        let (first, second) = "ü".as_bytes().split_at(1);
+        let good = (true, &b"good"[..]);
+        for broken in
+            [[good, (true, first), (true, second)], [(false, b"good"), (true, first), good]]
+        {
+            let mut block = builder();
+            let error = block.adopt(run(&broken, None), 1).unwrap_err();
+            assert_eq!((error.valid_up_to(), error.error_len()), (0, None), "of this text alone");
+            assert_eq!(messages(block), [(broken[0].0, b"good".to_vec(), 1)]);
+        }
+        let mut block = builder();
+        assert!(block.adopt(run(&[(true, first), good], None), 1).is_err());
+        assert_eq!((block.len(), block.bytes()), (0, 0));
+    }
+
+    #[test]
+    fn memory_returns_when_the_last_message_is_gone() {
+        let spares = Spares::new();
+        let payload = [b'x'; 100];
+        let mut block = builder();
+        block.adopt(run(&[(true, &payload), (true, &payload)], Some(spares.home())), 1).unwrap();
+        let mut block = block.finish();
+        let (first, second) = (block.next(), block.next());
+        drop((block, first));
+        assert_eq!(spares.take().bytes.capacity(), 0, "a message is left");
+        drop(second);
+        assert!(spares.take().bytes.capacity() >= 204);
+    }
+
+    #[test]
+    fn a_few_fresh_messages_do_not_keep_the_memory_of_many() {
+        let spares = Spares::new();
+        let payloads = [(true, &[b'x'; 100][..]); 20];
+        let mut block = builder();
+        block.adopt(run(&payloads, Some(spares.home())), 1).unwrap();
+        let mut number = 0;
+        block.identify(|_| {
+            number += 1;
+            Some(MessageId::new(number))
+        });
+        block.retain(|ids, fresh| {
+            ids.iter().zip(fresh).for_each(|(id, fresh)| *fresh = *id == Some(MessageId::new(8)));
+        });
+        assert_eq!((block.len(), block.bytes()), (1, 100));
+        let mut block = block.finish();
+        assert!(spares.take().bytes.capacity() >= 2000, "while the message is still there");
+        let message = block.next().unwrap();
+        assert_eq!((message.metadata().sequence, message.id()), (8, Some(MessageId::new(8))));
+        assert_eq!(message.text(), Some("x".repeat(100).as_str()));
+    }
+
+    #[test]
+    fn groups_of_messages_are_judged_in_their_order() {
+        let mut block = builder();
+        for n in 0..200_u64 {
+            block.push(Payload::Text("x"), n, Some(MessageId::new(u128::from(n) + 1)));
+        }
+        let mut asked = Vec::new();
+        block.retain(|ids, fresh| {
+            for (id, fresh) in ids.iter().flatten().zip(fresh) {
+                asked.push(id.to_u128() as u64 - 1);
+                *fresh = id.to_u128() % 3 == 0;
+            }
+        });
+        assert_eq!(asked, (0..200).collect::<Vec<_>>());
+        let kept: Vec<u64> = messages(block).into_iter().map(|(.., n)| n).collect();
+        assert_eq!(kept, (0..200).filter(|n| n % 3 == 2).collect::<Vec<_>>());
+    }
+}
