@@ -129,13 +129,9 @@ impl Spares {
         self.spares.try_recv().unwrap_or_default()
     }
 
+    /// Where a block that takes it gives it back.
     pub(crate) fn home(&self) -> Sender<Spare> {
         self.home.clone()
-    }
-
-    /// Lets go of all that is not in use.
-    pub(crate) fn clear(&self) {
-        self.spares.try_iter().for_each(drop);
     }
 }
 
@@ -401,7 +397,7 @@ impl BlockBuilder {
         if self.data.home.is_some()
             && self.bytes * SPARSE < self.data.text.len().max(self.data.binary.len())
         {
-            self = self.condensed();
+            self.condense();
         }
         if !self.data.ids.is_empty() {
             self.data.ids.resize(self.data.entries.len(), None);
@@ -409,8 +405,10 @@ impl BlockBuilder {
         (self.data, self.bytes)
     }
 
-    /// The same messages in memory that is no larger than they are.
-    fn condensed(self) -> Self {
+    /// Puts its messages into memory that is no larger than they are.
+    #[cold]
+    #[inline(never)]
+    fn condense(&mut self) {
         let data = &self.data;
         let mut own = Self::new(data.connection, data.epoch, data.received_at);
         own.reserve(data.entries.len(), if data.binary.is_empty() { self.bytes } else { 0 });
@@ -422,7 +420,7 @@ impl BlockBuilder {
             let id = data.ids.get(at).copied().flatten();
             own.push(payload, data.base + u64::from(entry.sequence), id);
         }
-        own
+        *self = own;
     }
 
     fn place(&mut self, payload: Payload<'_>) -> (Kind, usize, usize) {

@@ -301,7 +301,7 @@ impl ClientBuilder {
     }
 
     /// The largest size of each connection's read buffer in bytes: the most that
-    /// one system call can bring. It starts with 4 KiB, grows with its feed, and
+    /// one system call can bring. It starts with 1 KiB, grows with its feed, and
     /// shrinks when nothing comes for `ping_interval`. Defaults to 64 KiB.
     pub fn read_buffer_size(mut self, bytes: usize) -> Self {
         self.limits.read_buffer = bytes;

@@ -207,7 +207,8 @@ impl<D: Driver> Dial<'_, D> {
                 Err(error) => self.wait_or_fail(stream, error, peer)?,
             }
         }
-        let mut buf = [0; 4096];
+        // Not on the stack: its pages stay with the thread for as long as it lives.
+        let mut buf = vec![0; 1024];
         loop {
             match stream.read(&mut buf) {
                 Ok(0) => return Err(cut(io::ErrorKind::UnexpectedEof.into(), peer)),

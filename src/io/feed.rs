@@ -13,7 +13,7 @@ use super::frame::{Head, head};
 use crate::block::{BLANK, Entry, Run, Spares};
 
 /// What an idle connection's buffer shrinks to.
-const SMALL: usize = 4 * 1024;
+const SMALL: usize = 1024;
 
 /// Memory that a server's word for the length of a message is good for; what is
 /// larger grows with what arrives.
@@ -37,8 +37,8 @@ pub(super) struct Feed<S> {
     /// its entry says.
     run: usize,
     entries: Vec<Entry>,
-    /// Buffers to go on with while blocks keep theirs.
-    spares: Spares,
+    /// Buffers to go on with while blocks keep theirs; from the first of these on.
+    spares: Option<Spares>,
     /// The buffer may grow to this.
     largest: usize,
     /// Bytes that are tungstenite's to read.
@@ -93,7 +93,7 @@ impl<S: Read> Feed<S> {
             end,
             run: 0,
             entries: Vec::new(),
-            spares: Spares::new(),
+            spares: None,
             largest,
             passed: 0,
             close: Vec::new(),
@@ -185,7 +185,8 @@ impl<S: Read> Feed<S> {
             let entries = self.entries.drain(..).map(|entry| entry.moved(from)).collect();
             return Run { bytes, entries, ids: Vec::new(), home: None };
         }
-        let spare = self.spares.take();
+        let spares = self.spares.get_or_insert_with(Spares::new);
+        let spare = spares.take();
         let mut next = spare.bytes;
         next.resize(self.buffer.len(), 0);
         let rest = self.end - to;
@@ -195,7 +196,7 @@ impl<S: Read> Feed<S> {
         bytes.truncate(to);
         bytes[..from].fill(BLANK);
         let entries = std::mem::replace(&mut self.entries, spare.entries);
-        Run { bytes, entries, ids: spare.ids, home: Some(self.spares.home()) }
+        Run { bytes, entries, ids: spare.ids, home: Some(spares.home()) }
     }
 
     /// Finds what comes next, reading as needed; an error may be `WouldBlock`.
@@ -281,7 +282,7 @@ impl<S: Read> Feed<S> {
             (self.start, self.end) = (0, 0);
             self.buffer = vec![0; SMALL.min(self.largest)];
             self.entries = Vec::new();
-            self.spares.clear();
+            self.spares = None;
         }
     }
 

@@ -14,6 +14,9 @@ use super::target::Target;
 use crate::error::{Error, ErrorKind};
 use crate::handler::Request;
 
+/// Most answers' heads have no more headers than this.
+const FEW_HEADERS: usize = 16;
+
 /// An answer's head may have this many headers and bytes.
 const MAX_HEADERS: usize = 128;
 const MAX_HEAD: usize = 64 * 1024;
@@ -141,20 +144,8 @@ impl Upgrade {
 
     /// Reads a head; `None` if it is that of an interim answer.
     fn parse(&self, end: usize, wall: SystemTime) -> Result<Option<Answer>, Error> {
-        let mut space = [httparse::EMPTY_HEADER; MAX_HEADERS];
-        let mut response = httparse::Response::new(&mut space);
-        match response.parse(&self.answer[..end]) {
-            Ok(_) => {}
-            Err(httparse::Error::TooManyHeaders) => {
-                return Err(refused(&format!("the answer has more than {MAX_HEADERS} headers")));
-            }
-            Err(error) => {
-                let phrase = "the server's answer to the upgrade is not valid HTTP";
-                return Err(Error::caused(ErrorKind::Handshake, phrase, error));
-            }
-        }
-        let headers = Headers(response.headers.iter().map(owned).collect());
-        match response.code.unwrap_or_default() {
+        let (code, headers) = self.head(end)?;
+        match code {
             101 => self.accept(headers, end).map(|done| Some(Answer::Upgraded(done))),
             100..=199 => Ok(None),
             status @ (301 | 302 | 303 | 307 | 308) => match headers.first("location") {
@@ -162,6 +153,32 @@ impl Upgrade {
                 None => Err(http_error(status, &headers, wall)),
             },
             status => Err(http_error(status, &headers, wall)),
+        }
+    }
+
+    /// Status and headers of a head.
+    fn head(&self, end: usize) -> Result<(u16, Headers), Error> {
+        let mut most = FEW_HEADERS;
+        loop {
+            // Not on the stack: its pages stay with the thread for as long as it lives.
+            let mut space = vec![httparse::EMPTY_HEADER; most];
+            let mut response = httparse::Response::new(&mut space);
+            match response.parse(&self.answer[..end]) {
+                Ok(_) => {
+                    let headers = Headers(response.headers.iter().map(owned).collect());
+                    return Ok((response.code.unwrap_or_default(), headers));
+                }
+                Err(httparse::Error::TooManyHeaders) if most < MAX_HEADERS => most = MAX_HEADERS,
+                Err(httparse::Error::TooManyHeaders) => {
+                    return Err(refused(&format!(
+                        "the answer has more than {MAX_HEADERS} headers"
+                    )));
+                }
+                Err(error) => {
+                    let phrase = "the server's answer to the upgrade is not valid HTTP";
+                    return Err(Error::caused(ErrorKind::Handshake, phrase, error));
+                }
+            }
         }
     }
 

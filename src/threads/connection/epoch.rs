@@ -144,7 +144,7 @@ impl<'c> Epoch<'c> {
 
     /// Serves the socket until it is lost or the client closes. Guarantees that
     /// the socket is released and nothing unsent is forgotten.
-    pub(super) fn run(mut self) -> EpochEnd {
+    pub(super) fn run(mut self: Box<Self>) -> EpochEnd {
         let mut end = self.serve();
         self.count_traffic();
         if let EpochEnd::Lost(error) = &end

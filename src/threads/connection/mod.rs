@@ -176,7 +176,8 @@ impl Connection {
         match dial(self, &policy, &request, deadline) {
             Ok(dialed) => {
                 self.step(Input::Opened, &format!("{} upgraded", dialed.peer));
-                Epoch::new(self, epoch, dialed, deadline).run()
+                // Boxed: what a thread's stack once held stays its own.
+                Box::new(Epoch::new(self, epoch, dialed, deadline)).run()
             }
             Err(DialEnd::Failed(error)) => EpochEnd::Lost(error),
             Err(DialEnd::Stopped) => EpochEnd::Closed,
