@@ -10,6 +10,11 @@ pub(crate) fn role() -> Option<String> {
     std::env::var(ROLE).ok()
 }
 
+/// Lets `command`, which runs this program, run it in `role`.
+pub(crate) fn in_role<'c>(command: &'c mut Command, role: &str) -> &'c mut Command {
+    command.env(ROLE, role)
+}
+
 /// A child process that is talked to by lines. It ends when it is dropped, and
 /// by itself when its parent is gone.
 #[derive(Debug)]
