@@ -153,6 +153,7 @@ impl Entry {
 }
 
 impl BlockData {
+    #[inline]
     pub(crate) fn text_of(&self, entry: &Entry) -> Option<&str> {
         match entry.kind {
             Kind::Text => Some(&self.text[entry.range()]),
@@ -164,6 +165,7 @@ impl BlockData {
         }
     }
 
+    #[inline]
     pub(crate) fn bytes_of(&self, entry: &Entry) -> &[u8] {
         match entry.kind {
             Kind::Text => &self.text.as_bytes()[entry.range()],
@@ -172,6 +174,7 @@ impl BlockData {
         }
     }
 
+    #[inline]
     pub(crate) fn is_text(&self, entry: &Entry) -> bool {
         match entry.kind {
             Kind::Text => true,

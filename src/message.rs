@@ -70,24 +70,28 @@ pub(crate) trait Account: Send + Sync {
 impl Message {
     /// The payload if it is a text message, else `None`.
     #[must_use]
+    #[inline]
     pub fn text(&self) -> Option<&str> {
         self.block.text_of(self.entry())
     }
 
     /// The payload's bytes, of a text as of a binary message.
     #[must_use]
+    #[inline]
     pub fn as_bytes(&self) -> &[u8] {
         self.block.bytes_of(self.entry())
     }
 
     /// Whether it is a text message (the alternative is binary).
     #[must_use]
+    #[inline]
     pub fn is_text(&self) -> bool {
         self.block.is_text(self.entry())
     }
 
     /// Length of the payload in bytes.
     #[must_use]
+    #[inline]
     pub fn len(&self) -> usize {
         self.as_bytes().len()
     }
@@ -137,6 +141,7 @@ impl Message {
         self.as_bytes().to_vec()
     }
 
+    #[inline]
     fn entry(&self) -> &Entry {
         &self.block.entries[self.index as usize]
     }
@@ -221,6 +226,7 @@ impl Block {
 impl Iterator for Block {
     type Item = Message;
 
+    #[inline]
     fn next(&mut self) -> Option<Message> {
         if self.next == self.end {
             return None;

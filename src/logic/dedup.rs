@@ -145,10 +145,33 @@ impl Dedup {
     /// `false`: it is a duplicate.
     #[inline]
     pub(crate) fn accept(&mut self, id: u128, now: Instant) -> bool {
+        // Most ids are unlike all others of their line, and find room in it: that
+        // much is decided without a branch that nobody could predict.
+        let key = Key::of(id);
+        let (grows, times) = (self.lines.len() < self.most_lines, !self.times.is_empty());
+        if grows | times {
+            return self.accept_carefully(key, now);
+        }
+        let index = self.index(key);
+        let line = &mut self.lines[index];
+        let free = line.outdated(self.accepted, self.capacity).trailing_zeros() as usize;
+        if line.may_know(key) | (free >= WAYS) {
+            return self.accept_carefully(key, now);
+        }
+        self.accepted = following(self.accepted);
+        line.set(free, key, self.accepted);
+        if self.accepted.is_multiple_of(SWEEP_EVERY) {
+            self.sweep_plainly();
+        }
+        true
+    }
+
+    /// The same, whatever the table and the id are like.
+    #[inline(never)]
+    fn accept_carefully(&mut self, key: Key, now: Instant) -> bool {
         if self.used >= self.lines.len() && self.lines.len() < self.most_lines {
             self.grow();
         }
-        let key = Key::of(id);
         let index = self.index(key);
         let horizon = self.horizon(now);
         if self.lines[index].may_know(key) {
@@ -171,13 +194,8 @@ impl Dedup {
     }
 
     /// Enters a fresh id, in one of the `free` slots of its line if there are any.
-    #[inline]
     fn enter(&mut self, index: usize, key: Key, free: u32, mut horizon: Horizon) {
-        self.accepted += 1;
-        if self.accepted << 1 & MARKS == 0 {
-            // The number of an empty slot: it is passed over.
-            self.accepted += 1;
-        }
+        self.accepted = following(self.accepted);
         horizon.accepted = self.accepted;
         if free == 0 {
             self.put_in_spill(index, key, horizon);
@@ -249,8 +267,7 @@ impl Dedup {
     /// Ids held in memory, remembered or not.
     #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
-        let used = |line: &Line| line.marks.iter().filter(|mark| **mark != 0).count();
-        self.lines.iter().map(used).sum::<usize>() + self.spill.len()
+        self.lines.iter().map(Line::used).sum::<usize>() + self.spill.len()
     }
 
     #[inline]
@@ -295,16 +312,10 @@ impl Dedup {
         Mark { number: mark >> 1, at, done: mark & 1 == 1 }
     }
 
-    /// Which slots of a line hold nothing that counts: a bit for each, found
-    /// without a branch that nobody could predict.
+    /// Which slots of a line hold nothing that counts: a bit for each.
     #[inline]
     fn free(&self, index: usize, horizon: Horizon) -> u32 {
-        let marks = &self.lines[index].marks;
-        let mut free = 0;
-        for (way, mark) in marks.iter().enumerate() {
-            let outdated = (*mark == 0) | !horizon.counts(mark >> 1);
-            free |= u32::from(outdated) << way;
-        }
+        let mut free = self.lines[index].outdated(horizon.accepted, horizon.capacity);
         if let Some(times) = self.times.get(index) {
             for (way, at) in times.iter().enumerate() {
                 free |= u32::from(!horizon.is_young(*at)) << way;
@@ -334,16 +345,13 @@ impl Dedup {
         });
     }
 
-    #[inline]
     fn put(&mut self, line: usize, way: usize, key: Key, horizon: Horizon) {
         let grows = self.lines.len() < self.most_lines;
         let slot = &mut self.lines[line];
         if grows {
             self.used += usize::from(slot.marks[way] == 0);
         }
-        slot.keys[way] = key.low;
-        slot.highs[way] = key.high | slot.highs[way] & SPILLED;
-        slot.marks[way] = (horizon.accepted as u32) << 1;
+        slot.set(way, key, horizon.accepted);
         if let Some(times) = self.times.get_mut(line) {
             times[way] = horizon.now;
         }
@@ -372,29 +380,46 @@ impl Dedup {
 
     /// Empties the outdated slots of the next line in turn, so that numbers are
     /// gone long before they repeat; and the outdated part of the spill.
-    #[inline]
     fn sweep(&mut self, horizon: Horizon) {
+        let hand = self.turn();
+        let free = self.free(hand, horizon);
+        let line = &mut self.lines[hand];
+        let before = line.used();
+        line.clear(free);
+        self.used = self.used.saturating_sub(before - line.used());
+        self.sweep_spill();
+    }
+
+    /// The same, when the table is as large as it gets and knows no time.
+    #[inline]
+    fn sweep_plainly(&mut self) {
+        let hand = self.turn();
+        let line = &mut self.lines[hand];
+        line.clear(line.outdated(self.accepted, self.capacity));
+        self.sweep_spill();
+    }
+
+    /// The line whose turn it is to be swept.
+    #[inline]
+    fn turn(&mut self) -> usize {
         self.hand = if self.hand + 1 < self.lines.len() { self.hand + 1 } else { 0 };
-        let free = self.free(self.hand, horizon);
-        let line = &mut self.lines[self.hand];
-        for (way, mark) in line.marks.iter_mut().enumerate() {
-            let outdated = (free >> way & 1 == 1) & (*mark != 0);
-            self.used = self.used.saturating_sub(usize::from(outdated));
-            *mark = if outdated { 0 } else { *mark };
-        }
-        if self.spill.is_empty() {
-            line.set_spilled(0);
-        }
+        self.hand
+    }
+
+    #[inline]
+    fn sweep_spill(&mut self) {
         let oldest = self.spill_order.front().map(|(number, _)| *number);
-        if oldest.is_some_and(|number| horizon.accepted - number >= horizon.capacity) {
-            self.sweep_spill(horizon);
+        match oldest {
+            None => self.lines[self.hand].set_spilled(0),
+            Some(number) if self.accepted - number >= self.capacity => self.shorten_spill(),
+            Some(_) => {}
         }
     }
 
     #[cold]
-    fn sweep_spill(&mut self, horizon: Horizon) {
+    fn shorten_spill(&mut self) {
         while let Some((number, key)) = self.spill_order.front().copied()
-            && horizon.accepted - number >= horizon.capacity
+            && self.accepted - number >= self.capacity
         {
             self.spill_order.pop_front();
             if self.spill.get(&key).is_some_and(|spilled| spilled.number == number) {
@@ -507,6 +532,41 @@ impl Line {
         Key { low: self.keys[way], high: self.highs[way] & !SPILLED }
     }
 
+    /// Which slots hold nothing, or what `capacity` acceptances or more up to
+    /// number `accepted` have outdated: a bit for each.
+    #[inline]
+    fn outdated(&self, accepted: u64, capacity: u64) -> u32 {
+        // Numbers are compared doubled, as they stand in marks; the lowest bit,
+        // which a mark has for what is done, is set here to come out even.
+        let (now, old) = ((accepted as u32) << 1 | 1, (capacity as u32) << 1);
+        let mut outdated = 0;
+        for (way, mark) in self.marks.iter().enumerate() {
+            let is_old = (*mark == 0) | (now.wrapping_sub(*mark) >= old);
+            outdated |= u32::from(is_old) << way;
+        }
+        outdated
+    }
+
+    /// Empties slots: a bit for each.
+    #[inline]
+    fn clear(&mut self, slots: u32) {
+        for (way, mark) in self.marks.iter_mut().enumerate() {
+            *mark &= (slots >> way & 1).wrapping_sub(1);
+        }
+    }
+
+    fn used(&self) -> usize {
+        self.marks.iter().filter(|mark| **mark != 0).count()
+    }
+
+    /// Fills a slot.
+    #[inline]
+    fn set(&mut self, way: usize, key: Key, number: u64) {
+        self.keys[way] = key.low;
+        self.highs[way] = key.high | self.highs[way] & SPILLED;
+        self.marks[way] = (number as u32) << 1;
+    }
+
     /// Whether the id may be here, or in the spill. Where it is not, this seldom
     /// says so: the bits of `high` that the ids of a line do not share are many.
     #[inline]
@@ -585,6 +645,12 @@ pub(crate) fn check(capacity: usize, ttl: Option<Duration>) -> Result<(), Error>
         return Err(Error::setting("dedup", "time to live must be more than zero"));
     }
     Ok(())
+}
+
+/// The number of the next acceptance. That of an empty slot is passed over.
+#[inline]
+fn following(number: u64) -> u64 {
+    number + if (number + 1) << 1 & MARKS == 0 { 2 } else { 1 }
 }
 
 /// How often the lines double before they are as many as the capacity.
