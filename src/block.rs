@@ -26,9 +26,9 @@ const ARENA: usize = 1 << 30;
 /// Buffers that wait for their next use, for each connection.
 const SPARES: usize = 4;
 
-/// A run whose fresh messages are less than this part of it is copied, so that
-/// a few messages do not keep the memory of many.
-const SPARSE: usize = 4;
+/// A run whose fresh messages are less than half of it is copied, so that a few
+/// messages do not keep the memory of many.
+const SPARSE: usize = 2;
 
 /// Messages that are judged together.
 const GROUP: usize = 64;

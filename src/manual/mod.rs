@@ -6,6 +6,7 @@
 //! - [`failure`]: what fails, retries, acknowledgers, supervision.
 //! - [`broadway`]: coming from Broadway, where everything is.
 //! - [`defaults`]: every setting with its default and its reason.
+//! - [`tuning`]: which setting moves which figure, and what it costs.
 
 #[doc = include_str!("broadway.md")]
 pub mod broadway {}
@@ -19,3 +20,5 @@ pub mod errors {}
 pub mod failure {}
 #[doc = include_str!("pipeline.md")]
 pub mod pipeline {}
+#[doc = include_str!("tuning.md")]
+pub mod tuning {}
