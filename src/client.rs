@@ -119,6 +119,16 @@ impl Client {
         self.shared.queue.wait_ready(stop)
     }
 
+    /// The next messages if there are any, up to `most`.
+    pub(crate) fn try_recv_some(&self, most: usize) -> Option<Block> {
+        self.shared.queue.try_recv_some(most).ok()
+    }
+
+    /// These messages succeeded, or failed for good.
+    pub(crate) fn settled(&self, ids: &mut dyn Iterator<Item = MessageId>, success: bool) {
+        self.shared.queue.settled(ids, success);
+    }
+
     /// A blocking iterator over the messages.
     #[must_use]
     pub fn iter(&self) -> Messages<'_> {

@@ -210,6 +210,16 @@ impl Block {
         left
     }
 
+    /// Takes all messages out of it, which are counted as delivered together.
+    pub(crate) fn take_into(mut self, messages: &mut Vec<Message>) {
+        let message = |index| Message { block: Arc::clone(&self.data), index };
+        messages.extend((self.next..self.end).map(message));
+        if let Some(account) = &self.account {
+            account.delivered(self.len());
+        }
+        self.next = self.end;
+    }
+
     /// From now on `account` is told what happens to the messages.
     pub(crate) fn with_account(mut self, account: Arc<dyn Account>) -> Self {
         self.account = Some(account);

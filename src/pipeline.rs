@@ -1,5 +1,6 @@
 //! [`Pipeline`]: worker pools between a source and its acknowledgements.
 
+use std::any::Any;
 use std::fmt;
 use std::marker::PhantomData;
 use std::sync::{Arc, Mutex};
@@ -65,12 +66,15 @@ pub struct Pipeline {
     ended: Receiver<()>,
 }
 
+/// A source, and who is told what became of its messages, if anybody is.
+type Acknowledged = (Box<dyn Source>, Option<Arc<dyn Acknowledger>>);
+
 /// Settings of a [`Pipeline`]. Made by [`Pipeline::builder`] or
 /// [`Pipeline::each`]; checked by [`start`](PipelineBuilder::start).
 #[must_use = "a builder does nothing before `start`"]
 pub struct PipelineBuilder<H: Handler> {
     handler: H,
-    sources: Vec<(Box<dyn Source>, Arc<dyn Acknowledger>)>,
+    sources: Vec<Acknowledged>,
     processors: usize,
     partition: Option<Partition>,
     queue: usize,
@@ -166,9 +170,11 @@ pub struct WorkerSnapshot {
     pub handled: u64,
     /// Of these, how many failed.
     pub failed: u64,
-    /// Time spent in the handler.
+    /// Time spent in the handler. While its calls take less than 2 microseconds
+    /// each, what lies between them (some 50 nanoseconds) counts as well.
     pub busy: Duration,
-    /// How long it has been in the handler; `None` while it waits.
+    /// How long it has been in the handler; `None` while it waits. While its
+    /// calls take less than 2 microseconds each, up to 16 of them count as one.
     pub running_for: Option<Duration>,
 }
 
@@ -377,7 +383,11 @@ impl<H: Handler> PipelineBuilder<H> {
         source: impl crate::work::IntoSource,
         acknowledger: impl Acknowledger,
     ) -> Self {
-        self.sources.push((source.into_source(), Arc::new(acknowledger)));
+        // One that does nothing need not be told, nor what it is told be made up.
+        let is_deaf = (&acknowledger as &dyn Any).is::<NoAcknowledger>();
+        let acknowledger: Option<Arc<dyn Acknowledger>> =
+            if is_deaf { None } else { Some(Arc::new(acknowledger)) };
+        self.sources.push((source.into_source(), acknowledger));
         self
     }
 
@@ -817,7 +827,7 @@ impl<H: Handler> Control for Flow<H> {
         };
         let batchers = self.batchers.values().map(|batcher| StageSnapshot {
             name: batcher.name.to_string(),
-            queued: usize::try_from(batcher.queued.get()).unwrap_or(0),
+            queued: batcher.queued(),
             workers: workers(&batcher.workers, now),
             batches: std::array::from_fn(|trigger| batcher.batches[trigger].get()),
             batched: batcher.batched.get(),
@@ -906,7 +916,7 @@ fn workers(pool: &Pool, now: Instant) -> Vec<WorkerSnapshot> {
             handled: slot.stats.handled.get(),
             failed: slot.stats.failed.get(),
             busy: Duration::from_nanos(slot.stats.busy_nanos.get()),
-            running_for: lock(&slot.hand).since.map(|(at, _)| now.saturating_duration_since(at)),
+            running_for: slot.running_for(now),
         })
         .collect()
 }

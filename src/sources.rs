@@ -158,7 +158,9 @@ impl<'s> Gather<'s> {
     }
 
     fn finish(self) -> Vec<Message> {
-        self.block.finish().collect()
+        let mut messages = Vec::new();
+        self.block.finish().take_into(&mut messages);
+        messages
     }
 }
 
@@ -178,11 +180,10 @@ impl Source for Arc<Client> {
         if !self.wait_ready(stop.signal()) {
             return Pull::Ended;
         }
-        while messages.len() < most {
-            match self.try_recv() {
-                Ok(message) => messages.push(message),
-                Err(_) => break,
-            }
+        while messages.len() < most
+            && let Some(block) = self.try_recv_some(most - messages.len())
+        {
+            block.take_into(&mut messages);
         }
         Pull::Messages(messages)
     }
@@ -211,5 +212,9 @@ impl Settler for Settle {
         } else {
             self.0.forget(message);
         }
+    }
+
+    fn settled_together(&self, messages: &mut dyn Iterator<Item = &Message>, success: bool) {
+        self.0.settled(&mut messages.filter_map(Message::id), success);
     }
 }

@@ -2,8 +2,9 @@
 //! [`Acknowledger`], [`Source`], and what goes between them.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
@@ -230,7 +231,11 @@ pub struct Batch<T> {
     pub(crate) batcher: Arc<str>,
     pub(crate) key: Option<Arc<str>>,
     pub(crate) trigger: Trigger,
-    pub(crate) entries: Vec<BatchEntry<T>>,
+    pub(crate) items: Vec<T>,
+    /// One for each item. Shared with whoever fails them if the worker dies.
+    pub(crate) tickets: Arc<Vec<Ticket>>,
+    /// Those of single items, by place.
+    pub(crate) failures: BTreeMap<usize, Failure>,
 }
 
 /// Why a batch was closed.
@@ -247,14 +252,6 @@ pub enum Trigger {
     Keys,
     /// The pipeline drains.
     Drain,
-}
-
-/// One item of a batch, with the message it came from and its outcome.
-#[derive(Debug)]
-pub(crate) struct BatchEntry<T> {
-    pub(crate) ticket: Ticket,
-    pub(crate) item: T,
-    pub(crate) failure: Option<Failure>,
 }
 
 impl<T> Batch<T> {
@@ -279,23 +276,23 @@ impl<T> Batch<T> {
     /// How many items it has; never zero.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.entries.len()
+        self.items.len()
     }
 
     /// Never true: there are no empty batches.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.items.is_empty()
     }
 
     /// The items, in order.
     pub fn items(&self) -> impl ExactSizeIterator<Item = &T> {
-        self.entries.iter().map(|entry| &entry.item)
+        self.items.iter()
     }
 
     /// The messages that the items came from, in the same order.
     pub fn messages(&self) -> impl ExactSizeIterator<Item = &Message> {
-        self.entries.iter().map(|entry| &entry.ticket.message)
+        self.tickets.iter().map(Ticket::message)
     }
 
     /// The item at `index`.
@@ -305,7 +302,7 @@ impl<T> Batch<T> {
     /// If `index` is not below [`len`](Batch::len).
     #[must_use]
     pub fn item(&self, index: usize) -> &T {
-        &self.entries[index].item
+        &self.items[index]
     }
 
     /// Fails the message of the item at `index`; the others are not touched.
@@ -314,7 +311,8 @@ impl<T> Batch<T> {
     ///
     /// If `index` is not below [`len`](Batch::len).
     pub fn fail(&mut self, index: usize, failure: Failure) {
-        self.entries[index].failure = Some(failure);
+        assert!(index < self.len(), "a batch of {} has no item {index}", self.len());
+        self.failures.insert(index, failure);
     }
 }
 
@@ -329,37 +327,51 @@ impl<T> fmt::Debug for Batch<T> {
     }
 }
 
-/// A message on its way through the pipeline, from its acceptance to its
-/// settlement.
-#[derive(Debug, Clone)]
-pub(crate) struct Ticket {
-    pub(crate) message: Message,
+/// The messages that one pull brought. Whatever is on its way through the
+/// pipeline points into this, so that a message's own counter, which it shares
+/// with all others of its block, is touched twice and no more.
+#[derive(Debug)]
+pub(crate) struct Pulled {
+    /// Pulls of all sources are numbered in the order of their acceptance.
+    pub(crate) number: u64,
     /// Which source it came from.
     pub(crate) source: usize,
+    pub(crate) messages: Vec<Message>,
+    /// The partition of each, if there are partitions: asked of the program
+    /// once, so that a message stays in one place.
+    pub(crate) partitions: OnceLock<Vec<u64>>,
+}
+
+impl Pulled {
+    pub(crate) fn message(&self, place: u32) -> &Message {
+        &self.messages[place as usize]
+    }
+
+    pub(crate) fn partition(&self, place: u32) -> Option<u64> {
+        self.partitions.get()?.get(place as usize).copied()
+    }
+}
+
+/// One message on its way through the pipeline.
+#[derive(Debug, Clone)]
+pub(crate) struct Ticket {
+    /// Which pull brought it, and its place among the messages of that.
+    pub(crate) pulled: Arc<Pulled>,
+    pub(crate) place: u32,
     /// Tries so far.
     pub(crate) attempts: u32,
-    /// Which pull brought it, and its place among the messages of that.
-    pub(crate) pull: u64,
-    pub(crate) place: u32,
-    /// Asked of the program once, so that it stays in one place.
-    pub(crate) partition: Option<u64>,
     pub(crate) tag: Option<Tag>,
     /// Past its processor, in a batcher.
     pub(crate) batched: bool,
 }
 
 impl Ticket {
-    pub(crate) fn new(message: Message, source: usize, pull: u64, place: u32) -> Self {
-        Self {
-            message,
-            source,
-            attempts: 0,
-            pull,
-            place,
-            partition: None,
-            tag: None,
-            batched: false,
-        }
+    pub(crate) fn message(&self) -> &Message {
+        self.pulled.message(self.place)
+    }
+
+    pub(crate) fn partition(&self) -> Option<u64> {
+        self.pulled.partition(self.place)
     }
 }
 
@@ -513,6 +525,14 @@ pub enum Pull {
 pub trait Settler: Send + Sync {
     /// The message succeeded (`true`) or failed for good.
     fn settled(&self, message: &Message, success: bool);
+
+    /// Messages that were settled together: all of them succeeded, or all failed
+    /// for good. By default each is told to [`settled`](Settler::settled); a
+    /// record behind a lock can lock once for all. After a panic it is called
+    /// again with those that are left.
+    fn settled_together(&self, messages: &mut dyn Iterator<Item = &Message>, success: bool) {
+        messages.for_each(|message| self.settled(message, success));
+    }
 }
 
 /// Says when a source must stop waiting.

@@ -28,6 +28,11 @@ impl Queue {
         self.try_take(&Self::next_opened)
     }
 
+    /// The next messages if there are any, up to `most`; `Timeout` means none yet.
+    pub(crate) fn try_recv_some(&self, most: usize) -> Result<Block, NoMessage> {
+        self.try_take(&|queue: &Self| queue.some_opened(most))
+    }
+
     /// Takes back what a consumer has not used, before all else.
     pub(crate) fn give_back(&self, block: Block) {
         if !block.is_empty() {

@@ -1,17 +1,24 @@
 //! A batcher's threads: one groups items into batches, workers handle them.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
-use crossbeam_channel::{Receiver, Sender, bounded, never, select};
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, never, select};
 
+use super::chunk::Run;
+use super::inbox::Inbox;
 use super::pool::{Pool, Slot};
 use super::stats::PipelineEvent;
 use super::{Flow, Phase, Tick, count, lock};
 use crate::logic::batch::{BatchPolicy, Batches, Ready};
 use crate::metrics::{Counter, Gauge};
 use crate::threads::{contained, contained_user};
-use crate::work::{Batch, BatchEntry, Failure, FailureKind, Handler, Ticket, ToBatch, Trigger};
+use crate::work::{Batch, Failure, FailureKind, Handler, Ticket, ToBatch, Trigger};
+
+/// Items that the grouping thread takes at once.
+const HANDFUL: usize = 64;
 
 /// A user's function that weighs an item.
 pub(crate) type Weigh<T> = Arc<dyn Fn(&T) -> usize + Send + Sync>;
@@ -28,10 +35,13 @@ pub(crate) struct Item<T> {
     group: Group,
     weight: usize,
     flush: bool,
-    entry: BatchEntry<T>,
+    entry: Entry<T>,
 }
 
-type Closed<T> = Ready<Group, Item<T>>;
+/// What of an item is in the batch.
+type Entry<T> = (Ticket, T);
+
+type Closed<T> = Ready<Group, Entry<T>>;
 
 /// Both ends of a queue that outlives the threads at them.
 type Channel<T> = (Sender<T>, Receiver<T>);
@@ -44,16 +54,22 @@ pub(crate) struct Batcher<T> {
     pub(crate) tick: Tick,
     pub(crate) workers: Pool,
     weigh: Option<Weigh<T>>,
-    items: Channel<Item<T>>,
-    open: Mutex<Batches<Group, Item<T>>>,
+    pub(crate) inbox: Inbox<Item<T>>,
+    grouping: Mutex<Grouping<T>>,
     /// Batches that any worker may take, and those that one must.
     shared: Channel<Closed<T>>,
     own: Vec<Channel<Closed<T>>>,
     homes: Mutex<Homes>,
-    /// Items that no worker has taken yet.
-    pub(crate) queued: Gauge,
+    /// Items out of the inbox that no worker has taken yet.
+    grouped: Gauge,
     pub(crate) batches: [Counter; 5],
     pub(crate) batched: Counter,
+}
+
+/// What the grouping thread has in hand.
+struct Grouping<T> {
+    taken: VecDeque<Item<T>>,
+    open: Batches<Group, Entry<T>>,
 }
 
 /// Among how many workers the keys and partitions are shared out.
@@ -77,38 +93,58 @@ impl<T: Send + 'static> Batcher<T> {
             tick: Tick::new(),
             workers: Pool::new(format!("broadsock-batch-{name}"), concurrency),
             weigh,
-            items: bounded(queue),
-            open: Mutex::new(Batches::new(policy)),
+            inbox: Inbox::new(queue),
+            grouping: Mutex::new(Grouping { taken: VecDeque::new(), open: Batches::new(policy) }),
             shared: bounded(concurrency),
             // As long as a lane: a slow worker holds up others only when it is full.
             own: (0..concurrency).map(|_| bounded(queue)).collect(),
             homes: Mutex::new(Homes { count: concurrency, settled: false }),
-            queued: Gauge::default(),
+            grouped: Gauge::default(),
             batches: std::array::from_fn(|_| Counter::new()),
             batched: Counter::new(),
             name,
         }
     }
 
-    /// Queues an item; waits for room, and returns `false` when stopped first.
-    pub(crate) fn send<H: Handler<Item = T>>(
+    /// Items that no worker has taken yet.
+    pub(crate) fn queued(&self) -> usize {
+        self.inbox.len() + usize::try_from(self.grouped.get()).unwrap_or(0)
+    }
+
+    /// Makes an item of what a handler sends here.
+    pub(crate) fn item<H: Handler<Item = T>>(
         &self,
         flow: &Flow<H>,
         mut ticket: Ticket,
         to: ToBatch<T>,
-    ) -> bool {
+    ) -> Item<T> {
         ticket.batched = true;
         let weight = self.weight(flow, &to.item);
-        let worker = ticket.partition.or_else(|| to.key.as_ref().map(hash));
+        let worker = ticket.partition().or_else(|| to.key.as_ref().map(hash));
         let group = Group { worker: worker.map(|place| self.home(place)), key: to.key };
-        let entry = BatchEntry { ticket, item: to.item, failure: None };
-        let item = Item { group, weight, flush: to.flush, entry };
-        self.queued.add(1);
-        if let Some(item) = send_or_stop(flow, &self.items.0, item) {
-            flow.discard(item.entry.item);
-            return false;
+        Item { group, weight, flush: to.flush, entry: (ticket, to.item) }
+    }
+
+    /// Queues an item; waits for room, and returns `false` when stopped first.
+    pub(crate) fn push_or_stop<H: Handler<Item = T>>(
+        &self,
+        flow: &Flow<H>,
+        mut item: Item<T>,
+    ) -> bool {
+        loop {
+            select! {
+                recv(self.inbox.room.receiver) -> _ => {}
+                recv(flow.stop.signal) -> _ => {
+                    flow.discard(item.entry.1);
+                    return false;
+                }
+            }
+            match self.inbox.push(item) {
+                Ok(()) => break,
+                Err(back) => item = back,
+            }
         }
-        flow.left_upstream(1);
+        self.inbox.pass_on_room();
         true
     }
 
@@ -141,13 +177,17 @@ impl<T: Send + 'static> Batcher<T> {
 
     /// Drops what waits here, when it has been returned.
     pub(crate) fn clear<H: Handler<Item = T>>(&self, flow: &Flow<H>) {
-        let open = lock(&self.open).drain();
+        let (open, taken) = {
+            let mut grouping = lock(&self.grouping);
+            (grouping.open.drain(), std::mem::take(&mut grouping.taken))
+        };
         let own = self.own.iter().flat_map(|(_, receiver)| receiver.try_iter());
         let closed = open.into_iter().chain(self.shared.1.try_iter()).chain(own);
-        let items = closed.flat_map(|closed| closed.items).chain(self.items.1.try_iter());
-        self.queued.clear();
-        for item in items {
-            if let Err(panic) = contained(|| drop(item)) {
+        let waiting = taken.into_iter().chain(self.inbox.clear()).map(|item| item.entry);
+        let entries = closed.flat_map(|closed| closed.items).chain(waiting);
+        self.grouped.clear();
+        for entry in entries {
+            if let Err(panic) = contained(|| drop(entry)) {
                 flow.panicked("Item::drop", panic);
             }
         }
@@ -157,44 +197,57 @@ impl<T: Send + 'static> Batcher<T> {
 /// The body of the grouping thread.
 pub(crate) fn run<H: Handler>(flow: &Arc<Flow<H>>, name: &Arc<str>) {
     let Some(batcher) = flow.batchers.get(name) else { return };
-    loop {
-        let due = lock(&batcher.open).due(flow.clock.now());
-        if !batcher.emit(flow, due) {
+    // When the timer is known to wake it: it is not asked for each item again.
+    let mut armed: Option<Instant> = None;
+    while !flow.stop.is_set() {
+        let (closed, is_idle) = batcher.group(flow.clock.now());
+        if !batcher.emit(flow, closed) {
             return;
         }
+        if !is_idle {
+            continue;
+        }
         // In the end, nothing waits for company that cannot come.
-        if flow.is_upstream_empty() && batcher.items.1.is_empty() {
-            let closed = lock(&batcher.open).drain();
+        if flow.is_upstream_empty() && batcher.inbox.len() == 0 {
+            let closed = lock(&batcher.grouping).open.drain();
             if !batcher.emit(flow, closed) {
                 return;
             }
         }
-        let deadline = lock(&batcher.open).deadline();
-        if let Some(at) = deadline {
+        let deadline = lock(&batcher.grouping).open.deadline();
+        if let Some(at) = deadline
+            && armed.is_none_or(|armed| at < armed)
+        {
             flow.timer.arm(flow.batcher_owner(batcher.index), at);
+            armed = Some(at);
         }
         select! {
-            recv(batcher.items.1) -> item => if let Ok(item) = item {
-                let closed = batcher.group(flow, item);
-                if !batcher.emit(flow, closed) {
-                    return;
-                }
-            },
-            recv(batcher.tick.receiver) -> _ => {}
+            recv(batcher.inbox.filled.receiver) -> _ => {}
+            recv(batcher.tick.receiver) -> _ => armed = None,
             recv(flow.stop.signal) -> _ => return,
         }
     }
 }
 
 impl<T: Send + 'static> Batcher<T> {
-    fn group<H: Handler<Item = T>>(&self, flow: &Flow<H>, item: Item<T>) -> Vec<Closed<T>> {
-        let (group, weight, flush) = (item.group.clone(), item.weight, item.flush);
-        let now = flow.clock.now();
-        let mut open = lock(&self.open);
+    /// Puts items into batches until that closes some; also says whether there
+    /// was none to put.
+    fn group(&self, now: Instant) -> (Vec<Closed<T>>, bool) {
+        let mut grouping = lock(&self.grouping);
+        let Grouping { taken, open } = &mut *grouping;
+        if taken.is_empty() {
+            *taken = self.inbox.take(HANDFUL);
+            self.grouped.add(count(taken.len()));
+        }
+        let is_idle = taken.is_empty();
         // What is overdue leaves as it is: nothing joins it any more.
         let mut closed = open.due(now);
-        closed.extend(open.push(now, group, item, weight, flush));
-        closed
+        while closed.is_empty()
+            && let Some(Item { group, weight, flush, entry }) = taken.pop_front()
+        {
+            closed = open.push(now, group, entry, weight, flush);
+        }
+        (closed, is_idle)
     }
 
     /// Hands closed batches to workers; `false` when stopped first: what nobody
@@ -209,7 +262,7 @@ impl<T: Send + 'static> Batcher<T> {
             let sender = batch.key.worker.map_or(&self.shared.0, |worker| &self.own[worker].0);
             if let Some(batch) = send_or_stop(flow, sender, batch) {
                 let left = std::iter::once(batch).chain(closed);
-                left.flat_map(|batch| batch.items).for_each(|item| flow.discard(item));
+                left.flat_map(|batch| batch.items).for_each(|(_, item)| flow.discard(item));
                 return false;
             }
         }
@@ -218,7 +271,10 @@ impl<T: Send + 'static> Batcher<T> {
 }
 
 fn send_or_stop<H: Handler, T>(flow: &Flow<H>, sender: &Sender<T>, value: T) -> Option<T> {
-    let mut value = Some(value);
+    let mut value = match sender.try_send(value) {
+        Ok(()) => return None,
+        Err(TrySendError::Full(value) | TrySendError::Disconnected(value)) => Some(value),
+    };
     let mut select = crossbeam_channel::Select::new();
     let send = select.send(sender);
     select.recv(&flow.stop.signal);
@@ -261,23 +317,25 @@ fn handle<H: Handler>(
     closed: Closed<H::Item>,
 ) {
     let len = closed.items.len();
-    batcher.queued.add(-count(len));
+    batcher.grouped.add(-count(len));
+    let (tickets, items): (Vec<Ticket>, Vec<H::Item>) = closed.items.into_iter().unzip();
     let mut batch = Batch {
         batcher: Arc::clone(&batcher.name),
         key: closed.key.key,
         trigger: closed.trigger,
-        entries: closed.items.into_iter().map(|item| item.entry).collect(),
+        items,
+        tickets: Arc::new(tickets),
+        failures: BTreeMap::new(),
     };
-    let tickets: Vec<Ticket> = batch.entries.iter().map(|entry| entry.ticket.clone()).collect();
     let started = flow.clock.now();
-    slot.begin(&tickets, started);
+    slot.begin_batch(&batch.tickets, started);
     if flow.hub.is_heard() {
         let (thread, batcher) = (slot.name.clone(), batcher.name.to_string());
         flow.emit(PipelineEvent::BatchStarted { thread, batcher, len });
     }
     let result = contained_user(|| flow.handler.handle_batch(&mut batch));
     let now = flow.clock.now();
-    slot.returned(started, now);
+    slot.leave(started, now);
     let whole = match result {
         Ok(Ok(())) => None,
         Ok(Err(failure)) => Some(failure),
@@ -287,17 +345,16 @@ fn handle<H: Handler>(
             Some(Failure::of(FailureKind::Panic, text, true))
         }
     };
-    let any_failed = whole.is_some() || batch.entries.iter().any(|entry| entry.failure.is_some());
+    let any_failed = whole.is_some() || !batch.failures.is_empty();
     let took = now.saturating_duration_since(started);
     let (succeeded, failed) = outcomes(flow, batch, whole.as_ref());
     if flow.hub.is_heard() {
         let (thread, batcher) = (slot.name.clone(), batcher.name.to_string());
         flow.emit(PipelineEvent::BatchDone { thread, batcher, len, failed: any_failed, took });
     }
-    slot.finish(any_failed, |hand| {
-        hand.succeeded.extend(succeeded);
-        hand.failed.extend(failed);
-    });
+    slot.stats.handled.add(1);
+    slot.stats.failed.add(u64::from(any_failed));
+    slot.finish_batch(succeeded, failed);
     flow.settle_hand(slot);
 }
 
@@ -306,17 +363,18 @@ fn outcomes<H: Handler>(
     flow: &Flow<H>,
     batch: Batch<H::Item>,
     whole: Option<&Failure>,
-) -> (Vec<Ticket>, Vec<(Ticket, Failure)>) {
+) -> (Vec<Run>, Vec<(Ticket, Failure)>) {
+    let Batch { items, tickets, mut failures, .. } = batch;
     let (mut succeeded, mut failed, mut again) = (Vec::new(), Vec::new(), Vec::new());
-    for BatchEntry { ticket, item, failure } in batch.entries {
+    for (place, (ticket, item)) in tickets.iter().zip(items).enumerate() {
         flow.discard(item);
-        let Some(failure) = whole.cloned().or(failure) else {
-            succeeded.push(ticket);
+        let Some(failure) = whole.cloned().or_else(|| failures.remove(&place)) else {
+            Run::add(&mut succeeded, ticket, tickets.len() - place);
             continue;
         };
-        match flow.after_failure(&ticket, &failure) {
-            Some(due) => again.push((due, ticket)),
-            None => failed.push((ticket, failure)),
+        match flow.after_failure(ticket, &failure) {
+            Some(due) => again.push((due, ticket.clone())),
+            None => failed.push((ticket.clone(), failure)),
         }
     }
     // Not before the last user code: if the thread dies of that, all of these fail.

@@ -13,6 +13,8 @@
 //! of them, the [`Register`] knows every message that is not settled.
 
 pub(crate) mod batcher;
+pub(crate) mod chunk;
+pub(crate) mod inbox;
 pub(crate) mod pool;
 pub(crate) mod processor;
 pub(crate) mod register;
@@ -22,6 +24,7 @@ pub(crate) mod stats;
 pub(crate) mod supervisor;
 
 use std::collections::{BTreeMap, BinaryHeap};
+use std::sync::atomic::{AtomicBool, Ordering::Acquire, Ordering::Release};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -37,9 +40,10 @@ use crate::logic::backoff::Backoff;
 use crate::logic::rate::Limiter;
 use crate::message::Message;
 use crate::metrics::{Counter, Gauge, PipelineLedger, Report};
-use crate::work::{Acknowledger, Handler, Settler, Stop, Ticket};
+use crate::work::{Acknowledger, Handler, Pulled, Settler, Stop, Ticket};
 
 use batcher::Batcher;
+use chunk::Chunk;
 use pool::Pool;
 use register::Register;
 use stats::{Histogram, PipelineEvent};
@@ -127,6 +131,10 @@ struct State {
     open_sources: usize,
     /// Of these, how many wait for what they read to be settled.
     answering: usize,
+    /// Threads that wait until something of this changes.
+    waiting: usize,
+    /// Processors that have nothing to do.
+    idle: usize,
     /// When work must be over, and by when threads must have ended.
     deadline: Option<(Instant, Instant)>,
     ending: Ending,
@@ -143,7 +151,8 @@ pub(crate) struct Ending {
 
 /// What is kept of a source beside its thread.
 pub(crate) struct SourceSlot {
-    pub(crate) acknowledger: Arc<dyn Acknowledger>,
+    /// `None` is one that does nothing.
+    pub(crate) acknowledger: Option<Arc<dyn Acknowledger>>,
     pub(crate) settler: Option<Arc<dyn Settler>>,
     /// Told to stop waiting when the phase changes.
     pub(crate) wake: Mutex<(Option<Sender<()>>, Receiver<()>)>,
@@ -152,8 +161,8 @@ pub(crate) struct SourceSlot {
 
 /// A queue of processors, with the retries that belong to it.
 pub(crate) struct Lane {
-    pub(crate) sender: Sender<Vec<Ticket>>,
-    pub(crate) receiver: Receiver<Vec<Ticket>>,
+    pub(crate) sender: Sender<Chunk>,
+    pub(crate) receiver: Receiver<Chunk>,
     /// Messages in the queue.
     pub(crate) queued: Gauge,
     pub(crate) retries: Mutex<BinaryHeap<Retry>>,
@@ -190,6 +199,9 @@ impl Alarm for Tick {
 
 /// Ends every wait of a pipeline: its receivers disconnect.
 pub(crate) struct StopSwitch {
+    /// For whoever works: it looks before each message.
+    stopped: AtomicBool,
+    /// For whoever waits.
     sender: Mutex<Option<Sender<()>>>,
     pub(crate) signal: Receiver<()>,
 }
@@ -197,17 +209,22 @@ pub(crate) struct StopSwitch {
 impl StopSwitch {
     pub(crate) fn new() -> Self {
         let (sender, signal) = bounded(0);
-        Self { sender: Mutex::new(Some(sender)), signal }
+        Self { stopped: AtomicBool::new(false), sender: Mutex::new(Some(sender)), signal }
     }
 
     pub(crate) fn set(&self) {
+        self.stopped.store(true, Release);
         lock(&self.sender).take();
+    }
+
+    pub(crate) fn is_set(&self) -> bool {
+        self.stopped.load(Acquire)
     }
 }
 
 impl SourceSlot {
     pub(crate) fn new(
-        acknowledger: Arc<dyn Acknowledger>,
+        acknowledger: Option<Arc<dyn Acknowledger>>,
         settler: Option<Arc<dyn Settler>>,
     ) -> Self {
         let (sender, receiver) = bounded(0);
@@ -248,6 +265,13 @@ impl Lane {
     }
 }
 
+impl State {
+    /// Whether everything accepted is settled, and the sources are ending.
+    fn is_settled_at_the_end(&self) -> bool {
+        self.register.ledger().in_flight == 0 && self.phase >= Phase::Draining
+    }
+}
+
 impl<H: Handler> Flow<H> {
     #[allow(clippy::too_many_arguments, reason = "called once, by the builder")]
     pub(crate) fn new(
@@ -285,6 +309,8 @@ impl<H: Handler> Flow<H> {
                 reserved: 0,
                 open_sources,
                 answering: 0,
+                waiting: 0,
+                idle: 0,
                 deadline: None,
                 ending: Ending::default(),
             }),
@@ -367,15 +393,18 @@ impl<H: Handler> Flow<H> {
         let mut state = lock(&self.state);
         while state.register.ledger().in_flight > 0 && state.phase < Phase::Stopped {
             state = match state.deadline {
-                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                None => self.wait(state),
                 Some((work, _)) => {
                     let until = began + work.saturating_duration_since(began) / 2;
                     let left = until.saturating_duration_since(self.clock.now());
                     if left.is_zero() {
                         return false;
                     }
+                    state.waiting += 1;
                     let waited = self.changed.wait_timeout(state, left);
-                    waited.unwrap_or_else(PoisonError::into_inner).0
+                    let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
+                    state.waiting -= 1;
+                    state
                 }
             };
         }
@@ -408,25 +437,68 @@ impl<H: Handler> Flow<H> {
                 Phase::Stopped | Phase::Ended => return Room::Stopped,
                 _ => {}
             }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.wait(state);
         }
+    }
+
+    fn wait<'s>(&self, mut state: MutexGuard<'s, State>) -> MutexGuard<'s, State> {
+        state.waiting += 1;
+        let mut state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        state.waiting -= 1;
+        state
     }
 
     /// Turns a reservation into accepted messages, and gives up the rest;
     /// returns the number of this pull, if it brought any.
-    pub(crate) fn accept(&self, messages: &[Message], reserved: usize) -> Option<u64> {
+    pub(crate) fn accept(
+        &self,
+        source: usize,
+        messages: Vec<Message>,
+        reserved: usize,
+    ) -> Option<Arc<Pulled>> {
         let now = self.clock.now();
         let mut state = lock(&self.state);
         state.reserved -= reserved;
-        let pull = state.register.accept(now, messages);
-        if pull.is_some() {
-            self.counters.upstream.add(count(messages.len()));
+        let gives_up = messages.len() < reserved && state.waiting > 0;
+        let pulled = state.register.accept(now, source, messages);
+        if let Some(pulled) = &pulled {
+            self.counters.upstream.add(count(pulled.messages.len()));
         }
         drop(state);
-        if messages.len() < reserved {
+        if gives_up {
             self.changed.notify_all();
         }
-        pull
+        pulled
+    }
+
+    /// A processor has nothing to do from now on: whoever waits for room may use
+    /// what there is.
+    fn idle(&self) {
+        let mut state = lock(&self.state);
+        state.idle += 1;
+        let wake = state.waiting > 0;
+        drop(state);
+        if wake {
+            self.changed.notify_all();
+        }
+    }
+
+    fn busy(&self) {
+        lock(&self.state).idle -= 1;
+    }
+
+    /// Whether those who wait for room, or for the end, are to be woken. A source
+    /// that is woken for each bit of room costs more than the work itself does:
+    /// while all processors are busy, a quarter of the room is worth it. The last
+    /// one to stop being busy wakes it in any case.
+    fn is_room_worth_a_wake(&self, state: &State) -> bool {
+        let in_flight = state.register.ledger().in_flight_count();
+        let quarter = self.policy.max_in_flight / 4;
+        let is_worth = state.idle > 0
+            || in_flight == 0
+            || in_flight + state.reserved + quarter <= self.policy.max_in_flight
+            || state.phase >= Phase::Draining;
+        state.waiting > 0 && is_worth
     }
 
     /// How long ago the oldest message in flight was accepted.

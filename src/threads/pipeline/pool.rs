@@ -1,13 +1,14 @@
 //! The workers of one stage, and what each has in hand.
 
-use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
+use super::chunk::{Chunk, End, Run};
 use super::lock;
 use super::stats::WorkerStats;
+use crate::message::Metadata;
 use crate::work::{Failure, Ticket};
 
 /// The workers that a stage should have. Those that are no longer in it end
@@ -25,7 +26,7 @@ pub(crate) struct Slot {
     pub(crate) name: String,
     /// Its place in the pool.
     pub(crate) index: usize,
-    pub(crate) hand: Mutex<Hand>,
+    hand: Mutex<Hand>,
     pub(crate) stats: WorkerStats,
     /// Dropped to retire the worker.
     retire: Mutex<Option<Sender<()>>>,
@@ -34,15 +35,31 @@ pub(crate) struct Slot {
 
 #[derive(Debug, Default)]
 pub(crate) struct Hand {
-    /// Taken, and not begun.
-    pub(crate) chunk: VecDeque<Ticket>,
-    /// Begun, and not on to the next place.
-    pub(crate) current: Vec<Ticket>,
-    /// In the handler since then; `true` once it was reported as slow.
-    pub(crate) since: Option<(Instant, bool)>,
-    /// Finished, and not settled.
-    pub(crate) succeeded: Vec<Ticket>,
-    pub(crate) failed: Vec<(Ticket, Failure)>,
+    /// What a processor works on.
+    chunk: Option<Arc<Chunk>>,
+    /// Rows of the chunk below this one have an end, and are settled if it was
+    /// success.
+    settled: usize,
+    /// The batch that was begun.
+    batch: Option<Arc<Vec<Ticket>>>,
+    stint: Option<Stint>,
+    /// Finished, and not settled; of a processor, what its chunk does not have.
+    succeeded: Vec<Run>,
+    failed: Vec<(Ticket, Failure)>,
+}
+
+/// A time that a worker spends in the handler. While handlers take microseconds
+/// it is that of several messages, one after the other: looking at the clock
+/// would take longer than many of them do.
+#[derive(Debug)]
+struct Stint {
+    since: Instant,
+    /// The first row of the chunk in it.
+    first: usize,
+    /// A later row that somebody found in the handler, and when first.
+    seen: Option<(usize, Instant)>,
+    /// The row that was reported as slow.
+    told: Option<usize>,
 }
 
 impl Pool {
@@ -91,36 +108,194 @@ impl Slot {
         lock(&self.retire).is_none()
     }
 
-    /// Notes what is in the handler's hands, in case the thread dies with it.
-    pub(crate) fn begin(&self, tickets: &[Ticket], now: Instant) {
-        let mut hand = lock(&self.hand);
-        hand.current.extend_from_slice(tickets);
-        hand.since = Some((now, false));
+    /// The chunk in hand.
+    pub(crate) fn chunk(&self) -> Option<Arc<Chunk>> {
+        lock(&self.hand).chunk.clone()
     }
 
-    /// Takes the next message of the chunk into the handler's hands.
-    pub(crate) fn begin_next(&self, now: Instant) -> Option<Ticket> {
+    pub(crate) fn take_up(&self, chunk: Chunk) {
         let mut hand = lock(&self.hand);
-        let mut ticket = hand.chunk.pop_front()?;
-        ticket.attempts += 1;
-        hand.current.push(ticket.clone());
-        hand.since = Some((now, false));
-        Some(ticket)
+        hand.chunk = Some(Arc::new(chunk));
+        hand.settled = 0;
+    }
+
+    /// Notes what is in the handler's hands, in case the thread dies with it.
+    pub(crate) fn begin_batch(&self, tickets: &Arc<Vec<Ticket>>, now: Instant) {
+        lock(&self.hand).batch = Some(Arc::clone(tickets));
+        self.enter(now);
+    }
+
+    /// The worker goes on to the handler, with the chunk's next row or a batch.
+    pub(crate) fn enter(&self, now: Instant) {
+        let mut hand = lock(&self.hand);
+        let first = hand.chunk.as_ref().map_or(0, |chunk| chunk.begun());
+        hand.stint = Some(Stint { since: now, first, seen: None, told: None });
     }
 
     /// The handler has returned.
-    pub(crate) fn returned(&self, started: Instant, now: Instant) {
+    pub(crate) fn leave(&self, started: Instant, now: Instant) {
         let busy = now.saturating_duration_since(started).as_nanos();
         self.stats.busy_nanos.add(u64::try_from(busy).unwrap_or(u64::MAX));
-        lock(&self.hand).since = None;
+        lock(&self.hand).stint = None;
     }
 
-    /// What was begun is on its way, or put where `put` puts it.
-    pub(crate) fn finish(&self, failed: bool, put: impl FnOnce(&mut Hand)) {
-        self.stats.handled.add(1);
-        self.stats.failed.add(u64::from(failed));
+    /// A row of the chunk has failed for good.
+    pub(crate) fn fail(&self, chunk: &Chunk, row: usize, ticket: Ticket, failure: Failure) {
         let mut hand = lock(&self.hand);
-        hand.current.clear();
-        put(&mut hand);
+        chunk.end(row, End::Gone);
+        hand.failed.push((ticket, failure));
+    }
+
+    /// The batch has its outcomes.
+    pub(crate) fn finish_batch(&self, succeeded: Vec<Run>, failed: Vec<(Ticket, Failure)>) {
+        let mut hand = lock(&self.hand);
+        hand.batch = None;
+        hand.succeeded.extend(succeeded);
+        hand.failed.extend(failed);
+    }
+
+    /// Takes what is finished, to be settled, and lets go of a chunk that is.
+    pub(crate) fn take_finished(&self) -> (Vec<Run>, Vec<(Ticket, Failure)>) {
+        let mut hand = lock(&self.hand);
+        let mut succeeded = std::mem::take(&mut hand.succeeded);
+        if let Some(chunk) = hand.chunk.clone() {
+            hand.settled = chunk.take_done(hand.settled, &mut succeeded);
+            if hand.settled == chunk.len() {
+                hand.chunk = None;
+            }
+        }
+        (succeeded, std::mem::take(&mut hand.failed))
+    }
+
+    /// Whether something is finished and not settled.
+    pub(crate) fn has_finished(&self) -> bool {
+        let hand = lock(&self.hand);
+        let done = hand.chunk.as_ref().is_some_and(|chunk| chunk.has_done(hand.settled));
+        done || !hand.succeeded.is_empty() || !hand.failed.is_empty()
+    }
+
+    /// The thread has died: what it had begun fails so. What it had only taken
+    /// stays in its hand, for its successor, who also settles.
+    pub(crate) fn bury(&self, failure: impl Fn() -> Failure) {
+        let mut hand = lock(&self.hand);
+        hand.stint = None;
+        let mut begun = Vec::new();
+        if let Some(batch) = hand.batch.take() {
+            begun.extend(batch.iter().cloned());
+        }
+        if let Some(chunk) = &hand.chunk
+            && let Some(row) = chunk.current()
+        {
+            chunk.end(row, End::Gone);
+            begun.push(chunk.ticket(row));
+        }
+        hand.failed.extend(begun.into_iter().map(|ticket| (ticket, failure())));
+    }
+
+    /// How long the worker has been in the handler: with one message, or with
+    /// several while these take microseconds.
+    pub(crate) fn running_for(&self, now: Instant) -> Option<Duration> {
+        let hand = lock(&self.hand);
+        hand.stint.as_ref().map(|stint| now.saturating_duration_since(stint.since))
+    }
+
+    /// The message that has been in the handler for `timeout` or longer, told
+    /// once. One that was not the first of its stint counts from when it was
+    /// first found there.
+    pub(crate) fn slow(
+        &self,
+        now: Instant,
+        timeout: Duration,
+    ) -> Option<(Option<Metadata>, Duration)> {
+        let mut hand = lock(&self.hand);
+        let Hand { chunk, batch, stint, .. } = &mut *hand;
+        let stint = stint.as_mut()?;
+        let row = match chunk {
+            Some(chunk) => chunk.current()?,
+            None => stint.first,
+        };
+        let running_for = now.saturating_duration_since(stint.since_when(row, now));
+        if running_for < timeout || stint.told == Some(row) {
+            return None;
+        }
+        stint.told = Some(row);
+        let message = match (chunk, batch) {
+            (Some(chunk), _) => Some(chunk.message(row).metadata()),
+            (None, Some(batch)) => batch.first().map(|ticket| ticket.message().metadata()),
+            (None, None) => None,
+        };
+        Some((message, running_for))
+    }
+}
+
+impl Stint {
+    fn since_when(&mut self, row: usize, now: Instant) -> Instant {
+        match self.seen {
+            _ if row == self.first => self.since,
+            Some((seen, at)) if seen == row => at,
+            _ => {
+                self.seen = Some((row, now));
+                now
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::clock::Clock;
+    use crate::message::{BlockBuilder, Message, Payload};
+    use crate::work::{FailureKind, Pulled};
+    use std::sync::OnceLock;
+
+    /// A worker with as many messages in hand, numbered from 1.
+    fn worker(count: u64) -> (Arc<Slot>, Arc<Chunk>) {
+        let mut block = BlockBuilder::new(0, 0, Clock::real().now());
+        (1..=count).for_each(|n| block.push(Payload::Text("a"), n, None));
+        let messages: Vec<Message> = block.finish().collect();
+        let pulled = Pulled { number: 0, source: 0, messages, partitions: OnceLock::new() };
+        let slot = Slot::new("worker".to_owned(), 0);
+        slot.take_up(Chunk::range(&Arc::new(pulled), 0..u32::try_from(count).unwrap()));
+        let chunk = slot.chunk().unwrap();
+        (slot, chunk)
+    }
+
+    #[test]
+    fn a_message_is_told_once_as_slow_and_never_for_the_time_of_those_before_it() {
+        let (slot, chunk) = worker(3);
+        let (start, timeout) = (Clock::real().now(), Duration::from_millis(10));
+        let at = |ms| start + Duration::from_millis(ms);
+        let slow = |ms| {
+            let told = slot.slow(at(ms), timeout)?;
+            Some((told.0.unwrap().sequence, told.1.as_millis()))
+        };
+        slot.enter(start);
+        let row = chunk.begin().unwrap();
+        assert_eq!((slow(9), slow(15), slow(20)), (None, Some((1, 15)), None));
+        chunk.end(row, End::Done);
+        let row = chunk.begin().unwrap();
+        assert_eq!((slow(25), slow(30), slow(35)), (None, None, Some((2, 10))));
+        assert_eq!(slot.running_for(at(35)), Some(Duration::from_millis(35)));
+        chunk.end(row, End::Done);
+        slot.leave(start, at(40));
+        assert_eq!((slow(90), slot.running_for(at(90))), (None, None));
+    }
+
+    #[test]
+    fn a_dead_workers_message_fails_and_what_it_finished_and_did_not_begin_stays() {
+        let (slot, chunk) = worker(3);
+        slot.enter(Clock::real().now());
+        let row = chunk.begin().unwrap();
+        chunk.end(row, End::Done);
+        chunk.begin();
+        slot.bury(|| Failure::of(FailureKind::WorkerDied, "dead", false));
+        assert!(slot.has_finished());
+        let (succeeded, failed) = slot.take_finished();
+        let sequence = |message: &Message| message.metadata().sequence;
+        assert_eq!(succeeded[0].messages().map(sequence).collect::<Vec<_>>(), [1]);
+        assert_eq!((failed.len(), sequence(failed[0].0.message())), (1, 2));
+        assert_eq!(slot.chunk().unwrap().begin(), Some(2), "its successor goes on there");
+        assert!(!slot.has_finished());
     }
 }

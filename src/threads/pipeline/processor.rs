@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::select;
 
+use super::chunk::{Chunk, End};
 use super::pool::Slot;
 use super::stats::PipelineEvent;
-use super::{Flow, Lane, Phase, Retry, count, lock};
+use super::{Flow, Lane, Retry, count, lock};
 use crate::error::{Error, ErrorKind};
 use crate::logic::backoff::{Retry as Attempted, retry_delay};
-use crate::message::Message;
 use crate::threads::contained_user;
 use crate::threads::timer::Alarm;
 use crate::work::{Failure, FailureKind, Handler, Next, Ticket};
@@ -18,81 +18,80 @@ use crate::work::{Failure, FailureKind, Handler, Next, Ticket};
 /// Outcomes that have waited this long are settled before the next message.
 const SETTLE_AFTER: Duration = Duration::from_millis(5);
 
+/// A handler that takes less is quick: the clock is not looked at for each.
+const QUICK: Duration = Duration::from_micros(2);
+
+/// Between two looks at the clock there are at most so many messages.
+const MOST_UNTIMED: usize = 16;
+
 /// The thread's body. `index` chooses its lane.
 pub(crate) fn run<H: Handler>(flow: &Arc<Flow<H>>, slot: &Slot) {
     let lane = slot.index % flow.lanes.len();
-    let mut chunk = Chunk::default();
-    let mut settled_at = flow.clock.now();
-    // What a thread before this one has finished and not settled.
-    flow.settle_hand(slot);
     loop {
-        let now = flow.clock.now();
-        let stopped = flow.phase() >= Phase::Stopped;
-        let is_empty = stopped || lock(&slot.hand).chunk.is_empty();
-        if is_empty || now.saturating_duration_since(settled_at) > SETTLE_AFTER {
-            flow.settle_hand(slot);
-            settled_at = now;
+        // The first time, what a thread before this one has left.
+        if let Some(chunk) = slot.chunk() {
+            work_through(flow, slot, lane, &chunk);
         }
-        if !is_empty {
-            process(flow, slot, lane);
-            continue;
-        }
-        chunk.done(flow, slot);
+        flow.settle_hand(slot);
         // What is left in hand is returned.
-        if stopped || slot.is_retired() || !refill(flow, slot, lane) {
-            // A wake-up for a retry that it may have taken is for the others.
-            flow.lanes[lane].tick.fire();
-            return;
+        if flow.stop.is_set() || slot.is_retired() {
+            break;
         }
-        prepare(flow, slot);
-        chunk.start(flow, slot);
-    }
-}
-
-/// Tells of the chunks that a processor works on.
-#[derive(Default)]
-struct Chunk {
-    len: usize,
-    started: Option<Instant>,
-}
-
-impl Chunk {
-    fn start<H: Handler>(&mut self, flow: &Flow<H>, slot: &Slot) {
-        self.len = lock(&slot.hand).chunk.len();
-        if self.len > 0 && flow.hub.is_heard() {
-            self.started = Some(flow.clock.now());
-            flow.emit(PipelineEvent::ChunkStarted { thread: slot.name.clone(), len: self.len });
+        match refill(flow, slot, lane) {
+            Refill::Chunk(chunk) => begin(flow, slot, chunk),
+            Refill::Nothing => {}
+            Refill::End => break,
         }
     }
-
-    fn done<H: Handler>(&mut self, flow: &Flow<H>, slot: &Slot) {
-        if let Some(started) = self.started.take() {
-            let took = flow.clock.now().saturating_duration_since(started);
-            let thread = slot.name.clone();
-            flow.emit(PipelineEvent::ChunkDone { thread, len: self.len, took });
-        }
-    }
+    // A wake-up for a retry that it may have taken is for the others.
+    flow.lanes[lane].tick.fire();
 }
 
-/// Takes a chunk of work into the hand; `false` when there is to be none.
-fn refill<H: Handler>(flow: &Flow<H>, slot: &Slot, index: usize) -> bool {
+/// What there is to do next.
+enum Refill {
+    Chunk(Chunk),
+    /// Look again.
+    Nothing,
+    End,
+}
+
+/// Takes a chunk of work.
+fn refill<H: Handler>(flow: &Flow<H>, slot: &Slot, index: usize) -> Refill {
     let lane = &flow.lanes[index];
     let due = due_retries(flow, lane, index);
     if !due.is_empty() {
-        lock(&slot.hand).chunk.extend(due);
-        return true;
+        return Refill::Chunk(Chunk::again(due));
     }
-    select! {
-        recv(lane.receiver) -> chunk => {
-            // Never disconnected: the lane holds a sender of its own.
-            let chunk = chunk.unwrap_or_default();
-            lane.queued.add(-count(chunk.len()));
-            lock(&slot.hand).chunk.extend(chunk);
-            true
-        }
-        recv(lane.tick.receiver) -> _ => true,
-        recv(slot.retired) -> _ => false,
-        recv(flow.stop.signal) -> _ => false,
+    if let Ok(chunk) = lane.receiver.try_recv() {
+        return taken(lane, chunk);
+    }
+    flow.idle();
+    let refill = select! {
+        // Never disconnected: the lane holds a sender of its own.
+        recv(lane.receiver) -> chunk => chunk.map_or(Refill::Nothing, |chunk| taken(lane, chunk)),
+        recv(lane.tick.receiver) -> _ => Refill::Nothing,
+        recv(slot.retired) -> _ => Refill::End,
+        recv(flow.stop.signal) -> _ => Refill::End,
+    };
+    flow.busy();
+    refill
+}
+
+fn taken(lane: &Lane, chunk: Chunk) -> Refill {
+    lane.queued.add(-count(chunk.len()));
+    Refill::Chunk(chunk)
+}
+
+/// Takes a chunk up and shows it to the handler as a whole.
+fn begin<H: Handler>(flow: &Flow<H>, slot: &Slot, chunk: Chunk) {
+    slot.take_up(chunk);
+    let Some(chunk) = slot.chunk() else { return };
+    // The failure's text is user code too.
+    let prepare = || flow.handler.prepare(&chunk.messages()).map_err(|failure| failure.to_string());
+    match contained_user(prepare) {
+        Ok(Ok(())) => {}
+        Ok(Err(reason)) => flow.emit(PipelineEvent::PrepareFailed { reason }),
+        Err(panic) => flow.panicked("Handler::prepare", panic),
     }
 }
 
@@ -112,80 +111,156 @@ fn due_retries<H: Handler>(flow: &Flow<H>, lane: &Lane, index: usize) -> Vec<Tic
     due
 }
 
-fn prepare<H: Handler>(flow: &Flow<H>, slot: &Slot) {
-    let messages: Vec<Message> =
-        lock(&slot.hand).chunk.iter().map(|ticket| ticket.message.clone()).collect();
-    if messages.is_empty() {
-        return;
+/// Handles a chunk's messages, and tells of it.
+fn work_through<H: Handler>(flow: &Flow<H>, slot: &Slot, lane: usize, chunk: &Chunk) {
+    let mut now = flow.clock.now();
+    let (started, len) = (now, chunk.len() - chunk.begun());
+    let is_heard = flow.hub.is_heard();
+    if is_heard {
+        flow.emit(PipelineEvent::ChunkStarted { thread: slot.name.clone(), len });
     }
-    // The failure's text is user code too.
-    let run = || flow.handler.prepare(&messages).map_err(|failure| failure.to_string());
-    match contained_user(run) {
-        Ok(Ok(())) => {}
-        Ok(Err(reason)) => flow.emit(PipelineEvent::PrepareFailed { reason }),
-        Err(panic) => flow.panicked("Handler::prepare", panic),
-    }
-}
-
-/// Handles one message to its next step: done, in a batch, to be tried again,
-/// or failed. It stays the worker's current one until it is there.
-fn process<H: Handler>(flow: &Flow<H>, slot: &Slot, lane: usize) {
-    let Some(mut ticket) = slot.begin_next(flow.clock.now()) else { return };
-    let started = flow.clock.now();
-    let result = contained_user(|| flow.handler.handle_message(&ticket.message));
-    slot.returned(started, flow.clock.now());
-    let outcome = match result {
-        Ok(Ok(next)) => forward(flow, &mut ticket, next),
-        Ok(Err(failure)) => Err(failure),
-        Err(panic) => {
-            flow.counters.panics.add(1);
-            let text = format!("the handler panicked: {panic}");
-            Err(Failure::of(FailureKind::Panic, text, true))
+    let mut settled_at = now;
+    // Each chunk begins with a look at the clock for each message.
+    let mut untimed = 1;
+    while chunk.begun() < chunk.len() && !flow.stop.is_set() {
+        if now.saturating_duration_since(settled_at) > SETTLE_AFTER {
+            flow.settle_hand(slot);
+            now = flow.clock.now();
+            settled_at = now;
         }
-    };
-    let failure = match outcome {
-        Ok(Forwarded::Done) => return slot.finish(false, |hand| hand.succeeded.push(ticket)),
-        Ok(Forwarded::Batched | Forwarded::Stopped) => return slot.finish(false, |_| {}),
-        Err(failure) => failure,
-    };
-    match flow.after_failure(&ticket, &failure) {
-        None => slot.finish(true, |hand| hand.failed.push((ticket, failure))),
-        Some(due) if flow.policy.retry.hold => {
-            // The first in hand again, it is the next one that is tried.
-            slot.finish(true, |hand| hand.chunk.push_front(ticket));
+        let mut stint = Stint::begin(flow, slot, chunk, now);
+        let held = stint.run(untimed);
+        let end = stint.end();
+        let quick = QUICK * u32::try_from(stint.handled).unwrap_or(u32::MAX);
+        let is_quick = end.saturating_duration_since(now) < quick;
+        untimed = if is_quick { MOST_UNTIMED.min(untimed * 2) } else { 1 };
+        drop(stint);
+        now = end;
+        if let Some(due) = held {
             flow.settle_hand(slot);
             wait_until(flow, lane, due);
+            now = flow.clock.now();
+            settled_at = now;
         }
-        Some(due) => {
-            flow.retry_at(due, ticket);
-            slot.finish(true, |_| {});
-        }
+    }
+    if is_heard {
+        let took = flow.clock.now().saturating_duration_since(started);
+        flow.emit(PipelineEvent::ChunkDone { thread: slot.name.clone(), len, took });
     }
 }
 
-enum Forwarded {
-    Done,
-    Batched,
-    /// The pipeline stopped before the batcher had room.
-    Stopped,
+/// Some messages that are handled one after the other, between two looks at the
+/// clock. What is counted of them is entered at its end, also by a panic.
+struct Stint<'a, H: Handler> {
+    flow: &'a Flow<H>,
+    slot: &'a Slot,
+    chunk: &'a Chunk,
+    started: Instant,
+    /// When the last handler returned, once that is known.
+    ended: Option<Instant>,
+    handled: usize,
+    failed: usize,
+    /// Went on to a batcher.
+    batched: usize,
 }
 
-fn forward<H: Handler>(
-    flow: &Flow<H>,
-    ticket: &mut Ticket,
-    next: Next<H::Item>,
-) -> Result<Forwarded, Failure> {
-    ticket.tag = next.tag;
-    let Some(to) = next.batch else { return Ok(Forwarded::Done) };
-    let Some(batcher) = flow.batchers.get(&*to.batcher) else {
-        let text = format!("there is no batcher named {:?}", to.batcher);
-        flow.discard(to.item);
-        return Err(Failure::of(FailureKind::UnknownBatcher, text, false));
-    };
-    if next.acknowledge_now {
-        flow.acknowledge_early(ticket);
+impl<'a, H: Handler> Stint<'a, H> {
+    fn begin(flow: &'a Flow<H>, slot: &'a Slot, chunk: &'a Chunk, now: Instant) -> Self {
+        slot.enter(now);
+        let (handled, failed, batched) = (0, 0, 0);
+        Self { flow, slot, chunk, started: now, ended: None, handled, failed, batched }
     }
-    Ok(if batcher.send(flow, ticket.clone(), to) { Forwarded::Batched } else { Forwarded::Stopped })
+
+    /// Handles up to `most` messages, each to its next step: done, in a batch, to
+    /// be tried again, or failed. Returns when the last one is due again, if it
+    /// is held until then.
+    fn run(&mut self, most: usize) -> Option<Instant> {
+        while self.handled < most
+            && self.ended.is_none()
+            && !self.flow.stop.is_set()
+            && let Some(row) = self.chunk.begin()
+        {
+            let (flow, message) = (self.flow, self.chunk.message(row));
+            let result = contained_user(|| flow.handler.handle_message(message));
+            let outcome = match result {
+                Ok(Ok(next)) => self.forward(row, next),
+                Ok(Err(failure)) => Err(failure),
+                Err(panic) => {
+                    flow.counters.panics.add(1);
+                    let text = format!("the handler panicked: {panic}");
+                    Err(Failure::of(FailureKind::Panic, text, true))
+                }
+            };
+            self.handled += 1;
+            if let Err(failure) = outcome {
+                return self.fail(row, failure);
+            }
+        }
+        None
+    }
+
+    /// The handler has returned, and is not gone back to before long.
+    fn end(&mut self) -> Instant {
+        *self.ended.get_or_insert_with(|| {
+            let now = self.flow.clock.now();
+            self.slot.leave(self.started, now);
+            now
+        })
+    }
+
+    fn forward(&mut self, row: usize, next: Next<H::Item>) -> Result<(), Failure> {
+        self.chunk.tag(row, next.tag);
+        let Some(to) = next.batch else {
+            self.chunk.end(row, End::Done);
+            return Ok(());
+        };
+        let Some(batcher) = self.flow.batchers.get(&*to.batcher) else {
+            let text = format!("there is no batcher named {:?}", to.batcher);
+            self.flow.discard(to.item);
+            return Err(Failure::of(FailureKind::UnknownBatcher, text, false));
+        };
+        let ticket = self.chunk.ticket(row);
+        if next.acknowledge_now {
+            self.flow.acknowledge_early(&ticket);
+        }
+        let item = batcher.item(self.flow, ticket, to);
+        let is_sent = match batcher.inbox.push(item) {
+            Ok(()) => true,
+            Err(item) => {
+                // Waiting for a batcher is not the handler's time.
+                self.end();
+                batcher.push_or_stop(self.flow, item)
+            }
+        };
+        self.chunk.end(row, End::Gone);
+        self.batched += usize::from(is_sent);
+        Ok(())
+    }
+
+    fn fail(&mut self, row: usize, failure: Failure) -> Option<Instant> {
+        self.end();
+        self.failed += 1;
+        let ticket = self.chunk.ticket(row);
+        let Some(due) = self.flow.after_failure(&ticket, &failure) else {
+            self.slot.fail(self.chunk, row, ticket, failure);
+            return None;
+        };
+        if self.flow.policy.retry.hold {
+            self.chunk.hold(row);
+            return Some(due);
+        }
+        self.flow.retry_at(due, ticket);
+        self.chunk.end(row, End::Gone);
+        None
+    }
+}
+
+impl<H: Handler> Drop for Stint<'_, H> {
+    fn drop(&mut self) {
+        self.slot.stats.handled.add(self.handled as u64);
+        self.slot.stats.failed.add(self.failed as u64);
+        self.flow.left_upstream(self.batched);
+    }
 }
 
 impl<H: Handler> Flow<H> {
@@ -201,7 +276,7 @@ impl<H: Handler> Flow<H> {
         });
         let delay = again.then(|| self.retry_delay(ticket, &reason));
         self.emit(PipelineEvent::Failed {
-            message: ticket.message.metadata(),
+            message: ticket.message().metadata(),
             attempt: ticket.attempts,
             retry_in: delay,
             kind: failure.kind,
@@ -223,7 +298,7 @@ impl<H: Handler> Flow<H> {
         if std::mem::take(&mut ticket.batched) {
             self.counters.upstream.add(1);
         }
-        let index = self.lane_of(&ticket);
+        let index = self.lane_of(ticket.partition());
         lock(&self.lanes[index].retries).push(Retry { due, ticket });
         // Whoever put it there may not come by for long, or never again.
         self.timer.arm(index, due);

@@ -1,29 +1,28 @@
 //! Settlement: what happens once to each message when its outcome is known.
 
+use std::time::{Duration, Instant};
+
+use super::chunk::Run;
 use super::pool::Slot;
 use super::register::Claim;
 use super::stats::PipelineEvent;
-use super::{Flow, Phase, lock};
-use crate::message::Message;
+use super::{Flow, lock};
 use crate::threads::Killed;
-use crate::work::{Failed, Failure, Handler, Succeeded, Ticket};
+use crate::work::{Failed, Failure, Handler, Settler, Succeeded, Ticket};
 
 /// Messages that the caller alone settles, by what has to be done for them.
 #[derive(Default)]
 struct Claimed {
-    succeeded: Vec<Ticket>,
+    succeeded: Vec<Run>,
     failed: Vec<(Ticket, Failure)>,
     /// Acknowledged before their batch: they cannot fail any more.
-    early: Vec<Ticket>,
+    early: Vec<Run>,
 }
 
 impl<H: Handler> Flow<H> {
     /// Settles what a worker has finished.
     pub(crate) fn settle_hand(&self, slot: &Slot) {
-        let (succeeded, failed) = {
-            let mut hand = lock(&slot.hand);
-            (std::mem::take(&mut hand.succeeded), std::mem::take(&mut hand.failed))
-        };
+        let (succeeded, failed) = slot.take_finished();
         if !succeeded.is_empty() || !failed.is_empty() {
             self.settle(succeeded, failed);
         }
@@ -32,54 +31,69 @@ impl<H: Handler> Flow<H> {
     /// Settles messages: the failure hook, the acknowledgers, the sources'
     /// records, the ledger, and with it room for others; in this order, and all
     /// of it whatever user code does, as nobody else will.
-    fn settle(&self, succeeded: Vec<Ticket>, failed: Vec<(Ticket, Failure)>) {
+    fn settle(&self, succeeded: Vec<Run>, failed: Vec<(Ticket, Failure)>) {
         let mut killed = Killed::default();
-        let claimed = self.claim(succeeded, failed);
-        let failed: Vec<(Ticket, Failed)> = claimed
-            .failed
-            .into_iter()
-            .map(|(ticket, failure)| (ticket.clone(), report_failed(ticket, failure)))
-            .collect();
+        let mut claimed = self.claim(succeeded, failed);
+        let failed = std::mem::take(&mut claimed.failed);
+        let (bad, failed): (Vec<Ticket>, Vec<Failed>) =
+            failed.into_iter().map(|(ticket, failure)| report_failed(ticket, failure)).unzip();
         if !failed.is_empty() {
-            let all: Vec<Failed> = failed.iter().map(|(_, failed)| failed.clone()).collect();
-            self.guarded("handle_failed", &mut killed, || self.handler.handle_failed(&all));
+            self.guarded("handle_failed", &mut killed, || self.handler.handle_failed(&failed));
         }
         for source in 0..self.sources.len() {
-            let succeeded = claimed.succeeded.iter().filter(|ticket| ticket.source == source);
-            let good: Vec<Succeeded> = succeeded.map(report_succeeded).collect();
-            let failed = failed.iter().filter(|(ticket, _)| ticket.source == source);
-            let bad: Vec<Failed> = failed.map(|(_, failed)| failed.clone()).collect();
-            self.acknowledge(source, &good, &bad, &mut killed);
+            self.acknowledge_all(source, &claimed.succeeded, &bad, &failed, &mut killed);
         }
-        let good: Vec<Ticket> = claimed.succeeded.into_iter().chain(claimed.early).collect();
-        let bad: Vec<Ticket> = failed.into_iter().map(|(ticket, _)| ticket).collect();
+        let (good, bad) = (claimed.all_good(), Run::of(bad));
         self.note(&good, true, &mut killed);
         self.note(&bad, false, &mut killed);
         self.enter_in_ledger(&good, &bad);
-        let unbatched = good.iter().chain(&bad).filter(|ticket| !ticket.batched).count();
-        self.left_upstream(unbatched);
+        let members = good.iter().chain(&bad).flat_map(|run| &run.members);
+        self.left_upstream(members.filter(|member| !member.batched).count());
         killed.die();
     }
 
     /// Leaves out what somebody else settles or has settled.
-    fn claim(&self, succeeded: Vec<Ticket>, failed: Vec<(Ticket, Failure)>) -> Claimed {
+    fn claim(&self, succeeded: Vec<Run>, failed: Vec<(Ticket, Failure)>) -> Claimed {
         let mut claimed = Claimed::default();
         let mut state = lock(&self.state);
-        for ticket in succeeded {
-            match state.register.claim(&ticket) {
-                Some(Claim::Fresh) => claimed.succeeded.push(ticket),
-                Some(Claim::Acknowledged) => claimed.early.push(ticket),
-                None => {}
+        for mut run in succeeded {
+            let early = state.register.claim_run(&mut run);
+            if !early.is_empty() {
+                claimed.early.push(Run { pulled: run.pulled.clone(), members: early });
             }
+            claimed.succeeded.push(run);
         }
         for (ticket, failure) in failed {
             match state.register.claim(&ticket) {
                 Some(Claim::Fresh) => claimed.failed.push((ticket, failure)),
-                Some(Claim::Acknowledged) => claimed.early.push(ticket),
+                Some(Claim::Acknowledged) => claimed.early.extend(Run::of([ticket])),
                 None => {}
             }
         }
         claimed
+    }
+
+    /// Tells the acknowledger of one source of its messages.
+    fn acknowledge_all(
+        &self,
+        source: usize,
+        good: &[Run],
+        bad: &[Ticket],
+        failed: &[Failed],
+        killed: &mut Killed,
+    ) {
+        let good = good.iter().filter(|run| run.pulled.source == source);
+        if self.sources[source].acknowledger.is_none() {
+            // Nobody is told: they are counted, and not put together.
+            let count = good.map(|run| run.members.len()).sum();
+            let failed = bad.iter().filter(|ticket| ticket.pulled.source == source).count();
+            return self.acknowledged(source, count, failed);
+        }
+        let mut succeeded = Vec::with_capacity(good.clone().map(|run| run.members.len()).sum());
+        succeeded.extend(good.flat_map(report_succeeded));
+        let of = bad.iter().zip(failed).filter(|(ticket, _)| ticket.pulled.source == source);
+        let failed: Vec<Failed> = of.map(|(_, failed)| failed.clone()).collect();
+        self.acknowledge(source, &succeeded, &failed, killed);
     }
 
     /// Acknowledges one message as a success before its batch, unless it was.
@@ -87,7 +101,10 @@ impl<H: Handler> Flow<H> {
         let first = lock(&self.state).register.acknowledge(ticket);
         if first {
             let mut killed = Killed::default();
-            self.acknowledge(ticket.source, &[report_succeeded(ticket)], &[], &mut killed);
+            let message = ticket.message().clone();
+            let (attempts, tag) = (ticket.attempts, ticket.tag.clone());
+            let succeeded = [Succeeded { message, attempts, tag }];
+            self.acknowledge(ticket.pulled.source, &succeeded, &[], &mut killed);
             killed.die();
         }
     }
@@ -101,17 +118,14 @@ impl<H: Handler> Flow<H> {
         if count == 0 {
             return;
         }
-        let acknowledger = &self.sources[source].acknowledger;
+        let Some(acknowledger) = &self.sources[source].acknowledger else {
+            return self.acknowledged(source, good.len(), bad.len());
+        };
         // The error's text is user code too.
         let told = killed
             .contain(|| acknowledger.acknowledge(good, bad).map_err(|error| error.to_string()));
         let reason = match told {
-            Ok(Ok(())) => {
-                self.counters.acknowledged.add(count as u64);
-                let (succeeded, failed) = (good.len(), bad.len());
-                self.emit(PipelineEvent::Acknowledged { source, succeeded, failed });
-                return;
-            }
+            Ok(Ok(())) => return self.acknowledged(source, good.len(), bad.len()),
             Ok(Err(error)) => error,
             Err(panic) => {
                 self.counters.panics.add(1);
@@ -122,26 +136,74 @@ impl<H: Handler> Flow<H> {
         self.emit(PipelineEvent::AcknowledgeFailed { count, reason });
     }
 
-    /// Tells the sources' records, and counts how long it took.
-    fn note(&self, tickets: &[Ticket], success: bool, killed: &mut Killed) {
-        let now = self.clock.now();
-        for Ticket { message, source, .. } in tickets {
-            if let Some(settler) = &self.sources[*source].settler {
-                self.guarded("settler", killed, || settler.settled(message, success));
-            }
-            if success {
-                self.counters.latency.record(latency(message, now));
-            }
+    fn acknowledged(&self, source: usize, succeeded: usize, failed: usize) {
+        if succeeded + failed > 0 {
+            self.counters.acknowledged.add((succeeded + failed) as u64);
+            self.emit(PipelineEvent::Acknowledged { source, succeeded, failed });
         }
     }
 
-    fn enter_in_ledger(&self, good: &[Ticket], bad: &[Ticket]) {
+    /// Tells the sources' records, and counts how long it took.
+    fn note(&self, runs: &[Run], success: bool, killed: &mut Killed) {
+        for run in runs {
+            if let Some(settler) = &self.sources[run.pulled.source].settler {
+                self.tell(&**settler, run, success, killed);
+            }
+        }
+        if success {
+            let now = self.clock.now();
+            runs.iter().for_each(|run| self.count_latency(run, now));
+        }
+    }
+
+    /// Tells a source's record of messages; a panic costs it the one it was at.
+    fn tell(&self, settler: &dyn Settler, run: &Run, success: bool, killed: &mut Killed) {
+        let mut left = run.messages();
+        let mut told = 0;
+        while told < run.members.len() {
+            let mut taken = 0;
+            let mut counted = left.by_ref().inspect(|_| taken += 1);
+            let end = killed.contain(|| settler.settled_together(&mut counted, success));
+            let Err(panic) = end else { return };
+            self.panicked("settler", panic);
+            // One that takes none before it panics is not asked for ever.
+            told += taken.max(1);
+        }
+    }
+
+    /// Messages that one read has brought have waited equally long: they are
+    /// counted together.
+    fn count_latency(&self, run: &Run, now: Instant) {
+        let mut waited: Option<(Instant, u64)> = None;
+        for message in run.messages() {
+            let at = message.metadata().received_at;
+            match &mut waited {
+                Some((since, count)) if *since == at => *count += 1,
+                other => {
+                    self.record_latency(other.replace((at, 1)), now);
+                }
+            }
+        }
+        self.record_latency(waited, now);
+    }
+
+    fn record_latency(&self, waited: Option<(Instant, u64)>, now: Instant) {
+        if let Some((since, count)) = waited {
+            let took: Duration = now.saturating_duration_since(since);
+            self.counters.latency.record(took, count);
+        }
+    }
+
+    fn enter_in_ledger(&self, good: &[Run], bad: &[Run]) {
         let mut state = lock(&self.state);
-        good.iter().for_each(|ticket| state.register.settle(ticket, true));
-        bad.iter().for_each(|ticket| state.register.settle(ticket, false));
-        let empty = state.register.ledger().in_flight == 0 && state.phase >= Phase::Draining;
+        good.iter().for_each(|run| state.register.settle(run, true));
+        bad.iter().for_each(|run| state.register.settle(run, false));
+        let empty = state.is_settled_at_the_end();
+        let wake = self.is_room_worth_a_wake(&state);
         drop(state);
-        self.changed.notify_all();
+        if wake {
+            self.changed.notify_all();
+        }
         if empty {
             self.tell_supervisor();
         }
@@ -161,23 +223,28 @@ impl<H: Handler> Flow<H> {
     }
 }
 
-fn latency(message: &Message, now: std::time::Instant) -> std::time::Duration {
-    now.saturating_duration_since(message.metadata().received_at)
-}
-
-fn report_succeeded(ticket: &Ticket) -> Succeeded {
-    Succeeded {
-        message: ticket.message.clone(),
-        attempts: ticket.attempts,
-        tag: ticket.tag.clone(),
+impl Claimed {
+    fn all_good(self) -> Vec<Run> {
+        let mut all = self.succeeded;
+        all.extend(self.early);
+        all
     }
 }
 
-fn report_failed(ticket: Ticket, failure: Failure) -> Failed {
-    Failed {
-        message: ticket.message,
+fn report_succeeded(run: &Run) -> impl Iterator<Item = Succeeded> {
+    run.members.iter().map(|member| Succeeded {
+        message: run.pulled.message(member.place).clone(),
+        attempts: member.attempts,
+        tag: member.tag.clone(),
+    })
+}
+
+fn report_failed(ticket: Ticket, failure: Failure) -> (Ticket, Failed) {
+    let failed = Failed {
+        message: ticket.message().clone(),
         attempts: ticket.attempts,
-        tag: failure.tag.clone().or(ticket.tag),
+        tag: failure.tag.clone().or_else(|| ticket.tag.clone()),
         failure,
-    }
+    };
+    (ticket, failed)
 }

@@ -1,16 +1,17 @@
 //! A source's thread: pulls messages within room and rate, and deals them out.
 
-use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::{bounded, select};
+use crossbeam_channel::{Select, bounded, select};
 
-use super::{Flow, Phase, Room, count, lock};
+use super::chunk::Chunk;
+use super::{Flow, Lane, Phase, Room, count, lock};
 use crate::error::{Error, ErrorKind};
 use crate::message::Message;
 use crate::threads::{contained, contained_user};
-use crate::work::{Handler, Pull, Source, Stop, Ticket};
+use crate::work::{Handler, Pull, Pulled, Source, Stop};
 
 /// How long a source may take to close while the pipeline drains.
 const CLOSE: Duration = Duration::from_secs(5);
@@ -68,14 +69,9 @@ impl<H: Handler> Intake<'_, H> {
                 Room::Stopped => return,
             };
             let pulled = self.pull(room);
-            let messages = pulled.as_deref().unwrap_or_default();
-            if let Some(pull) = self.flow.accept(messages, room) {
-                let tickets = self.tickets(messages, pull);
-                if !self.deal(tickets) {
-                    return;
-                }
-            }
-            if pulled.is_none() {
+            let has_ended = pulled.is_none();
+            let accepted = self.flow.accept(self.index, pulled.unwrap_or_default(), room);
+            if accepted.is_some_and(|pulled| !self.deal(&pulled)) || has_ended {
                 return;
             }
         }
@@ -153,27 +149,25 @@ impl<H: Handler> Intake<'_, H> {
         }
     }
 
-    fn tickets(&self, messages: &[Message], pull: u64) -> VecDeque<Ticket> {
-        let ticket = |(place, message): (u32, &Message)| {
-            let mut ticket = Ticket::new(message.clone(), self.index, pull, place);
-            ticket.partition = partition_of(self.flow, message);
-            ticket
-        };
-        (0..).zip(messages).map(ticket).collect()
-    }
-
     /// Deals messages to the lanes as the rate allows; `false` when stopped.
-    fn deal(&mut self, mut tickets: VecDeque<Ticket>) -> bool {
-        while !tickets.is_empty() {
-            let granted = self.granted(tickets.len());
+    fn deal(&mut self, pulled: &Arc<Pulled>) -> bool {
+        if let Some(partition) = &self.flow.policy.partition {
+            let of = |message| partition_of(self.flow, &**partition, message);
+            // Nobody else sets it.
+            let _ = pulled.partitions.set(pulled.messages.iter().map(of).collect());
+        }
+        let (mut dealt, all) = (0, pulled.messages.len());
+        while dealt < all {
+            let granted = self.granted(all - dealt);
             let go_on = if granted == 0 {
                 self.wait_for_rate()
             } else {
-                self.send(tickets.drain(..granted))
+                self.send(pulled, dealt..dealt + granted)
             };
             if !go_on {
                 return false;
             }
+            dealt += granted;
         }
         true
     }
@@ -210,42 +204,76 @@ impl<H: Handler> Intake<'_, H> {
     }
 
     /// Sends messages to their lanes, in chunks.
-    fn send(&mut self, tickets: impl Iterator<Item = Ticket>) -> bool {
+    fn send(&mut self, pulled: &Arc<Pulled>, places: Range<usize>) -> bool {
         let flow = self.flow;
-        let mut dealt: Vec<Vec<Ticket>> = flow.lanes.iter().map(|_| Vec::new()).collect();
-        for ticket in tickets {
-            dealt[flow.lane_of(&ticket)].push(ticket);
+        let size = flow.policy.chunk;
+        if let [lane] = &*flow.lanes {
+            let mut starts = places.clone().step_by(size);
+            return starts.all(|start| {
+                let end = places.end.min(start.saturating_add(size));
+                self.send_chunk(lane, Chunk::range(pulled, narrow(start)..narrow(end)))
+            });
         }
-        for (lane, tickets) in flow.lanes.iter().zip(dealt) {
-            for chunk in tickets.chunks(flow.policy.chunk) {
-                lane.queued.add(count(chunk.len()));
-                loop {
-                    select! {
-                        send(lane.sender, chunk.to_vec()) -> _ => break,
-                        recv(flow.sources[self.index].tick.receiver) -> _ => {
-                            self.begin_end_if_draining();
-                        }
-                        recv(flow.stop.signal) -> _ => return false,
-                    }
-                }
+        let mut dealt: Vec<Vec<u32>> = flow.lanes.iter().map(|_| Vec::new()).collect();
+        for place in places.map(narrow) {
+            dealt[flow.lane_of(pulled.partition(place))].push(place);
+        }
+        flow.lanes.iter().zip(dealt).all(|(lane, places)| {
+            let mut chunks = places.chunks(size);
+            chunks.all(|places| self.send_chunk(lane, Chunk::places(pulled, places.to_vec())))
+        })
+    }
+
+    fn send_chunk(&mut self, lane: &Lane, chunk: Chunk) -> bool {
+        let flow = self.flow;
+        lane.queued.add(count(chunk.len()));
+        // Mostly there is room, and nothing has to be waited for.
+        let mut left = match lane.sender.try_send(chunk) {
+            Ok(()) => return true,
+            Err(error) => Some(error.into_inner()),
+        };
+        loop {
+            let mut select = Select::new();
+            let send = select.send(&lane.sender);
+            let tick = select.recv(&flow.sources[self.index].tick.receiver);
+            select.recv(&flow.stop.signal);
+            let ready = select.select();
+            let index = ready.index();
+            if index == send {
+                // The lane holds a receiver of its own: it takes what is sent.
+                return left.take().is_some_and(|chunk| ready.send(&lane.sender, chunk).is_ok());
             }
+            if index == tick {
+                let _ = ready.recv(&flow.sources[self.index].tick.receiver);
+                self.begin_end_if_draining();
+                continue;
+            }
+            let _ = ready.recv(&flow.stop.signal);
+            return false;
         }
-        true
     }
 }
 
 impl<H: Handler> Flow<H> {
-    /// The lane of the worker that a message belongs to.
-    pub(crate) fn lane_of(&self, ticket: &Ticket) -> usize {
-        (ticket.partition.unwrap_or(0) % self.lanes.len() as u64) as usize
+    /// The lane of the worker that messages of a partition belong to.
+    pub(crate) fn lane_of(&self, partition: Option<u64>) -> usize {
+        (partition.unwrap_or(0) % self.lanes.len() as u64) as usize
     }
 }
 
+/// A place in a pull, which is far smaller.
+fn narrow(place: usize) -> u32 {
+    u32::try_from(place).unwrap_or(u32::MAX)
+}
+
 /// The partition of a message; that of a function that panics is 0.
-fn partition_of<H: Handler>(flow: &Flow<H>, message: &Message) -> Option<u64> {
-    let partition = flow.policy.partition.as_ref()?;
-    Some(contained_user(|| partition(message)).unwrap_or_else(|message| {
+fn partition_of<H: Handler>(
+    flow: &Flow<H>,
+    partition: &(dyn Fn(&Message) -> u64 + Send + Sync),
+    message: &Message,
+) -> u64 {
+    contained_user(|| partition(message)).unwrap_or_else(|message| {
         flow.panicked("partition_by", message);
         0
-    }))
+    })
 }

@@ -28,11 +28,12 @@ impl Histogram {
     /// The last one holds everything from 2^30 microseconds (18 minutes) on.
     pub(crate) const BUCKETS: usize = 32;
 
-    pub(crate) fn record(&self, took: Duration) {
+    /// `count` times the same duration.
+    pub(crate) fn record(&self, took: Duration, count: u64) {
         let micros = took.as_micros().min(u128::from(u32::MAX)) as u64;
-        self.sum.add(micros);
+        self.sum.add(micros * count);
         let bucket = (u64::BITS - micros.leading_zeros()) as usize;
-        self.buckets[bucket.min(Self::BUCKETS - 1)].add(1);
+        self.buckets[bucket.min(Self::BUCKETS - 1)].add(count);
     }
 
     pub(crate) fn sum(&self) -> Duration {

@@ -10,7 +10,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 use super::pool::Slot;
 use super::stats::PipelineEvent;
-use super::{Flow, Phase, batcher, lock, processor, source};
+use super::{Flow, Phase, batcher, processor, source};
 use crate::error::{Error, ErrorKind};
 use crate::logic::restart::{Intensity, Restarts};
 use crate::threads::monitor::{MonitorAlarm, Notice};
@@ -225,7 +225,10 @@ impl<H: Handler> Supervisor<H> {
         let (kind, name) = (child.kind.clone(), child.name.clone());
         let reason = format!("its thread panicked: {}", panic_message(payload));
         if let Some(slot) = &child.slot {
-            bury(slot, &name);
+            slot.bury(|| {
+                let text = format!("{name} died in the middle of it");
+                Failure::of(FailureKind::WorkerDied, text, false)
+            });
         }
         if let Kind::Source(_) = kind {
             self.flow.source_ended();
@@ -272,13 +275,7 @@ impl<H: Handler> Supervisor<H> {
         let Some(timeout) = self.flow.policy.handler_timeout else { return };
         let now = self.flow.clock.now();
         for slot in self.slots() {
-            let mut hand = lock(&slot.hand);
-            let Some((since, false)) = hand.since else { continue };
-            let running_for = now.saturating_duration_since(since);
-            if running_for >= timeout {
-                hand.since = Some((since, true));
-                let message = hand.current.first().map(|ticket| ticket.message.metadata());
-                drop(hand);
+            if let Some((message, running_for)) = slot.slow(now, timeout) {
                 let thread = slot.name.clone();
                 self.flow.emit(PipelineEvent::Slow { thread, message, running_for });
             }
@@ -312,11 +309,7 @@ impl<H: Handler> Supervisor<H> {
     /// What stuck and dead workers have finished is settled all the same, on a
     /// thread of its own: that is user code too.
     fn settle_rest(&mut self) {
-        let unsettled = |slot: &Arc<Slot>| {
-            let hand = lock(&slot.hand);
-            !hand.succeeded.is_empty() || !hand.failed.is_empty()
-        };
-        if self.slots().iter().any(unsettled)
+        if self.slots().iter().any(|slot| slot.has_finished())
             && let Err(error) = self.add(Kind::Undertaker, None)
         {
             log::error!("{}: finished messages are returned", error.chain());
@@ -359,18 +352,6 @@ impl<H: Handler> Supervisor<H> {
         }
         stuck
     }
-}
-
-/// Fails what a dead worker had begun. What it had only taken stays in its
-/// hand, for its successor, who also settles.
-fn bury(slot: &Slot, name: &str) {
-    let mut hand = lock(&slot.hand);
-    hand.since = None;
-    let begun = std::mem::take(&mut hand.current);
-    hand.failed.extend(begun.into_iter().map(|ticket| {
-        let text = format!("{name} died in the middle of it");
-        (ticket, Failure::of(FailureKind::WorkerDied, text, false))
-    }));
 }
 
 /// Joins a thread that is over, or about to be; how it ended does not matter.
