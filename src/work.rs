@@ -231,9 +231,7 @@ pub struct Batch<T> {
     pub(crate) batcher: Arc<str>,
     pub(crate) key: Option<Arc<str>>,
     pub(crate) trigger: Trigger,
-    pub(crate) items: Vec<T>,
-    /// One for each item. Shared with whoever fails them if the worker dies.
-    pub(crate) tickets: Arc<Vec<Ticket>>,
+    pub(crate) entries: Vec<BatchEntry<T>>,
     /// Those of single items, by place.
     pub(crate) failures: BTreeMap<usize, Failure>,
 }
@@ -252,6 +250,13 @@ pub enum Trigger {
     Keys,
     /// The pipeline drains.
     Drain,
+}
+
+/// One item of a batch, with the message it came from.
+#[derive(Debug)]
+pub(crate) struct BatchEntry<T> {
+    pub(crate) ticket: Ticket,
+    pub(crate) item: T,
 }
 
 impl<T> Batch<T> {
@@ -276,23 +281,23 @@ impl<T> Batch<T> {
     /// How many items it has; never zero.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.items.len()
+        self.entries.len()
     }
 
     /// Never true: there are no empty batches.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.items.is_empty()
+        self.entries.is_empty()
     }
 
     /// The items, in order.
     pub fn items(&self) -> impl ExactSizeIterator<Item = &T> {
-        self.items.iter()
+        self.entries.iter().map(|entry| &entry.item)
     }
 
     /// The messages that the items came from, in the same order.
     pub fn messages(&self) -> impl ExactSizeIterator<Item = &Message> {
-        self.tickets.iter().map(Ticket::message)
+        self.entries.iter().map(|entry| entry.ticket.message())
     }
 
     /// The item at `index`.
@@ -302,7 +307,7 @@ impl<T> Batch<T> {
     /// If `index` is not below [`len`](Batch::len).
     #[must_use]
     pub fn item(&self, index: usize) -> &T {
-        &self.items[index]
+        &self.entries[index].item
     }
 
     /// Fails the message of the item at `index`; the others are not touched.
@@ -343,10 +348,12 @@ pub(crate) struct Pulled {
 }
 
 impl Pulled {
+    #[inline]
     pub(crate) fn message(&self, place: u32) -> &Message {
         &self.messages[place as usize]
     }
 
+    #[inline]
     pub(crate) fn partition(&self, place: u32) -> Option<u64> {
         self.partitions.get()?.get(place as usize).copied()
     }
@@ -360,9 +367,8 @@ pub(crate) struct Ticket {
     pub(crate) place: u32,
     /// Tries so far.
     pub(crate) attempts: u32,
-    pub(crate) tag: Option<Tag>,
-    /// Past its processor, in a batcher.
-    pub(crate) batched: bool,
+    /// In a box, as few have one and many tickets are moved.
+    pub(crate) tag: Option<Box<Tag>>,
 }
 
 impl Ticket {

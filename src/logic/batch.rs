@@ -36,13 +36,18 @@ pub(crate) struct Ready<K, T> {
 #[derive(Debug)]
 pub(crate) struct Batches<K, T> {
     policy: BatchPolicy,
-    /// Never iterated, so its order decides nothing.
-    open: HashMap<K, Open<T>>,
-    /// The keys of `open`, by age. All batches have the same timeout, so this
+    /// The batch that took the last item, which often takes the next one too:
+    /// to compare two keys takes less than to look one up.
+    last: Option<(K, Open<T>)>,
+    /// All others. Never iterated, so its order decides nothing.
+    others: HashMap<K, Open<T>>,
+    /// The keys of open batches, by age. All batches have the same timeout, so this
     /// is also the order of their deadlines.
     ages: BTreeMap<Age, K>,
     /// Batches opened so far: tells those of one instant apart.
     opened: u64,
+    /// Items of the batch that was closed last: the next one may get as many.
+    usual: usize,
 }
 
 /// When a batch was opened, and as the how-manieth.
@@ -76,11 +81,18 @@ impl BatchPolicy {
 impl<K: Eq + Hash + Clone, T> Batches<K, T> {
     /// No batch is open.
     pub(crate) fn new(policy: BatchPolicy) -> Self {
-        Self { policy, open: HashMap::new(), ages: BTreeMap::new(), opened: 0 }
+        Self {
+            policy,
+            last: None,
+            others: HashMap::new(),
+            ages: BTreeMap::new(),
+            opened: 0,
+            usual: 0,
+        }
     }
 
-    /// Takes an item and returns what it closed, in the order in which it has
-    /// to leave: at most two batches.
+    /// Takes an item and appends what it closed to `ready`, in the order in which
+    /// it has to leave: at most two batches.
     ///
     /// `flush` closes the item's batch with it. Time closes nothing in here:
     /// ask [`due`](Self::due) first, or the item may still join a batch whose
@@ -92,12 +104,15 @@ impl<K: Eq + Hash + Clone, T> Batches<K, T> {
         item: T,
         weight: usize,
         flush: bool,
-    ) -> Vec<Ready<K, T>> {
-        let mut ready = Vec::new();
-        if self.would_overfill(&key, weight) {
+        ready: &mut Vec<Ready<K, T>>,
+    ) {
+        self.look_up(&key);
+        if let Some((_, open)) = &self.last
+            && weight > self.policy.limit - open.weight
+        {
             ready.extend(self.close(&key, Trigger::Size));
         }
-        if let Some(open) = self.open.get_mut(&key) {
+        if let Some((_, open)) = &mut self.last {
             open.weight += weight;
             open.items.push(item);
             let trigger = self.policy.closes(open.weight, flush);
@@ -109,7 +124,6 @@ impl<K: Eq + Hash + Clone, T> Batches<K, T> {
             ready.extend(self.make_room());
             self.open(now, key, item, weight);
         }
-        ready
     }
 
     /// Closes the batches whose deadline has come, in the order of deadlines.
@@ -140,42 +154,64 @@ impl<K: Eq + Hash + Clone, T> Batches<K, T> {
     /// The items held in open batches.
     #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
-        self.open.values().map(|open| open.items.len()).sum()
+        let last = self.last.iter().map(|(_, open)| open);
+        last.chain(self.others.values()).map(|open| open.items.len()).sum()
     }
 
-    /// Whether so much more would exceed the limit in the key's open batch.
-    fn would_overfill(&self, key: &K, weight: usize) -> bool {
-        self.open.get(key).is_some_and(|open| weight > self.policy.limit - open.weight)
+    /// Makes the key's batch the last one, if it has one.
+    fn look_up(&mut self, key: &K) {
+        if self.last.as_ref().is_some_and(|(last, _)| last == key) {
+            return;
+        }
+        if let Some((key, open)) = self.last.take() {
+            self.others.insert(key, open);
+        }
+        self.last = self.others.remove_entry(key);
     }
 
     /// Closes the oldest batch if there is no room for one more key.
     fn make_room(&mut self) -> Option<Ready<K, T>> {
-        if self.open.len() < self.policy.max_keys.max(1) {
+        if self.ages.len() < self.policy.max_keys.max(1) {
             return None;
         }
         self.close_oldest(Trigger::Keys)
     }
 
-    /// Opens a batch for a key that has none.
+    /// Opens a batch for a key that has none; nor is there a last one.
     fn open(&mut self, now: Instant, key: K, item: T, weight: usize) {
         let age = (now, self.opened);
         self.opened += 1;
         self.ages.insert(age, key.clone());
-        self.open.insert(key, Open { age, weight, items: vec![item] });
+        // Where many are open, most stay small.
+        let mut items = Vec::with_capacity(if self.others.is_empty() { self.usual } else { 1 });
+        items.push(item);
+        self.last = Some((key, Open { age, weight, items }));
     }
 
     /// Closes the batch of this key.
     fn close(&mut self, key: &K, trigger: Trigger) -> Option<Ready<K, T>> {
-        let open = self.open.remove(key)?;
-        let key = self.ages.remove(&open.age)?;
-        Some(Ready { key, items: open.items, trigger })
+        let (key, open) = self.take(key)?;
+        self.ages.remove(&open.age);
+        Some(self.ready(key, open, trigger))
     }
 
     /// Closes the batch that has been open longest.
     fn close_oldest(&mut self, trigger: Trigger) -> Option<Ready<K, T>> {
         let (_, key) = self.ages.pop_first()?;
-        let open = self.open.remove(&key)?;
-        Some(Ready { key, items: open.items, trigger })
+        let (key, open) = self.take(&key)?;
+        Some(self.ready(key, open, trigger))
+    }
+
+    fn take(&mut self, key: &K) -> Option<(K, Open<T>)> {
+        match &self.last {
+            Some((last, _)) if last == key => self.last.take(),
+            _ => self.others.remove_entry(key),
+        }
+    }
+
+    fn ready(&mut self, key: K, open: Open<T>, trigger: Trigger) -> Ready<K, T> {
+        self.usual = open.items.len();
+        Ready { key, items: open.items, trigger }
     }
 }
 
@@ -193,6 +229,22 @@ mod tests {
         BatchPolicy { limit, timeout: ms(100), max_keys }
     }
 
+    impl<K: Eq + Hash + Clone, T> Batches<K, T> {
+        /// What an item closes.
+        fn closed_by(
+            &mut self,
+            now: Instant,
+            key: K,
+            item: T,
+            weight: usize,
+            flush: bool,
+        ) -> Vec<Ready<K, T>> {
+            let mut ready = Vec::new();
+            self.push(now, key, item, weight, flush, &mut ready);
+            ready
+        }
+    }
+
     /// A closed batch in short.
     fn told(ready: Vec<Ready<char, u32>>) -> Vec<(char, Vec<u32>, Trigger)> {
         ready.into_iter().map(|batch| (batch.key, batch.items, batch.trigger)).collect()
@@ -202,11 +254,11 @@ mod tests {
     fn a_batch_leaves_with_the_item_that_fills_it() {
         let now = some_instant();
         let mut batches = Batches::new(policy(3, 9));
-        assert!(batches.push(now, 'a', 1, 1, false).is_empty());
-        assert!(batches.push(now, 'b', 2, 1, false).is_empty());
-        assert!(batches.push(now, 'a', 3, 1, false).is_empty());
+        assert!(batches.closed_by(now, 'a', 1, 1, false).is_empty());
+        assert!(batches.closed_by(now, 'b', 2, 1, false).is_empty());
+        assert!(batches.closed_by(now, 'a', 3, 1, false).is_empty());
         assert_eq!(batches.len(), 3);
-        let full = told(batches.push(now, 'a', 4, 1, false));
+        let full = told(batches.closed_by(now, 'a', 4, 1, false));
         assert_eq!(full, [('a', vec![1, 3, 4], Trigger::Size)]);
         assert_eq!(batches.len(), 1);
     }
@@ -231,9 +283,9 @@ mod tests {
             let now = some_instant();
             let mut batches = Batches::new(policy(10, 9));
             for (item, weight) in (0..).zip(open) {
-                assert!(batches.push(now, 'a', item, *weight, false).is_empty());
+                assert!(batches.closed_by(now, 'a', item, *weight, false).is_empty());
             }
-            let ready = batches.push(now, 'a', 9, weight, false);
+            let ready = batches.closed_by(now, 'a', 9, weight, false);
             assert!(ready.iter().all(|batch| batch.trigger == Trigger::Size), "{ready:?}");
             let items: Vec<_> = ready.into_iter().map(|batch| batch.items).collect();
             assert_eq!(items, leaving, "{open:?} {weight}");
@@ -245,13 +297,13 @@ mod tests {
     fn a_flush_closes_the_batch_of_its_own_key_with_it() {
         let now = some_instant();
         let mut batches = Batches::new(policy(3, 9));
-        batches.push(now, 'a', 1, 1, false);
-        batches.push(now, 'b', 2, 1, false);
-        let ready = told(batches.push(now, 'a', 3, 1, true));
+        batches.closed_by(now, 'a', 1, 1, false);
+        batches.closed_by(now, 'b', 2, 1, false);
+        let ready = told(batches.closed_by(now, 'a', 3, 1, true));
         assert_eq!(ready, [('a', vec![1, 3], Trigger::Flush)]);
-        let alone = told(batches.push(now, 'a', 4, 1, true));
+        let alone = told(batches.closed_by(now, 'a', 4, 1, true));
         assert_eq!(alone, [('a', vec![4], Trigger::Flush)]);
-        let too_heavy = told(batches.push(now, 'b', 5, 3, true));
+        let too_heavy = told(batches.closed_by(now, 'b', 5, 3, true));
         assert_eq!(too_heavy, [('b', vec![2], Trigger::Size), ('b', vec![5], Trigger::Flush)]);
         assert_eq!(batches.len(), 0);
     }
@@ -260,10 +312,10 @@ mod tests {
     fn a_new_batch_never_runs_on_the_timer_of_an_older_one() {
         let start = some_instant();
         let mut batches = Batches::new(policy(2, 9));
-        batches.push(start, 'a', 1, 1, false);
-        assert_eq!(batches.push(start + ms(60), 'a', 2, 1, false).len(), 1);
+        batches.closed_by(start, 'a', 1, 1, false);
+        assert_eq!(batches.closed_by(start + ms(60), 'a', 2, 1, false).len(), 1);
         assert_eq!(batches.deadline(), None);
-        batches.push(start + ms(90), 'a', 3, 1, false);
+        batches.closed_by(start + ms(90), 'a', 3, 1, false);
         assert!(batches.due(start + ms(100)).is_empty(), "the deadline of the batch that left");
         assert_eq!(batches.deadline(), Some(start + ms(190)));
         assert!(batches.due(start + ms(189)).is_empty());
@@ -276,7 +328,7 @@ mod tests {
         let start = some_instant();
         let mut batches = Batches::new(policy(100, 9));
         for tick in 0..10 {
-            batches.push(start + ms(tick * 10), 'a', 0, 1, false);
+            batches.closed_by(start + ms(tick * 10), 'a', 0, 1, false);
             assert_eq!(batches.deadline(), Some(start + ms(100)));
         }
         assert_eq!(batches.due(start + ms(100))[0].items.len(), 10);
@@ -287,9 +339,9 @@ mod tests {
         let start = some_instant();
         let mut batches = Batches::new(policy(9, 9));
         for (item, key) in (0..).zip(['d', 'b', 'c', 'a']) {
-            batches.push(start + ms(item / 2), key, item as u32, 1, false);
+            batches.closed_by(start + ms(item / 2), key, item as u32, 1, false);
         }
-        batches.push(start + ms(30), 'e', 9, 1, false);
+        batches.closed_by(start + ms(30), 'e', 9, 1, false);
         let keys: Vec<_> = batches.due(start + ms(120)).iter().map(|batch| batch.key).collect();
         assert_eq!(keys, ['d', 'b', 'c', 'a']);
         assert_eq!(batches.len(), 1);
@@ -299,13 +351,13 @@ mod tests {
     fn a_key_too_many_closes_the_one_open_longest() {
         let now = some_instant();
         let mut batches = Batches::new(policy(3, 2));
-        batches.push(now, 'a', 1, 1, false);
-        batches.push(now, 'b', 2, 1, false);
-        batches.push(now, 'a', 3, 1, false);
-        assert!(told(batches.push(now, 'c', 4, 3, false)).iter().all(|(key, ..)| *key == 'c'));
-        let ready = told(batches.push(now, 'd', 5, 1, false));
+        batches.closed_by(now, 'a', 1, 1, false);
+        batches.closed_by(now, 'b', 2, 1, false);
+        batches.closed_by(now, 'a', 3, 1, false);
+        assert!(told(batches.closed_by(now, 'c', 4, 3, false)).iter().all(|(key, ..)| *key == 'c'));
+        let ready = told(batches.closed_by(now, 'd', 5, 1, false));
         assert_eq!(ready, [('a', vec![1, 3], Trigger::Keys)]);
-        let ready = told(batches.push(now, 'a', 6, 1, false));
+        let ready = told(batches.closed_by(now, 'a', 6, 1, false));
         assert_eq!(ready, [('b', vec![2], Trigger::Keys)]);
     }
 
@@ -314,14 +366,14 @@ mod tests {
         let now = some_instant();
         let mut batches = Batches::new(policy(3, 9));
         for (item, key) in (0..).zip(['c', 'a', 'b', 'c']) {
-            batches.push(now, key, item, 1, false);
+            batches.closed_by(now, key, item, 1, false);
         }
         let (c, a, b) = (('c', vec![0, 3]), ('a', vec![1]), ('b', vec![2]));
         let drained: Vec<_> = told(batches.drain());
         assert_eq!(drained, [c, a, b].map(|(key, items)| (key, items, Trigger::Drain)));
         assert!(batches.drain().is_empty());
         assert_eq!((batches.len(), batches.deadline()), (0, None));
-        assert!(batches.push(now, 'a', 9, 1, false).is_empty());
+        assert!(batches.closed_by(now, 'a', 9, 1, false).is_empty());
     }
 
     #[test]
@@ -329,15 +381,15 @@ mod tests {
         let now = some_instant();
         let none = BatchPolicy { limit: 0, timeout: Duration::ZERO, max_keys: 0 };
         let mut batches = Batches::new(none);
-        assert_eq!(batches.push(now, 'a', 1, 0, false).len(), 1);
+        assert_eq!(batches.closed_by(now, 'a', 1, 0, false).len(), 1);
         let mut batches = Batches::new(BatchPolicy { limit: 2, ..none });
-        assert!(batches.push(now, 'a', 1, 1, false).is_empty());
+        assert!(batches.closed_by(now, 'a', 1, 1, false).is_empty());
         assert_eq!(batches.due(now).len(), 1);
         let all = BatchPolicy { limit: usize::MAX, timeout: Duration::MAX, max_keys: usize::MAX };
         let mut batches = Batches::new(all);
-        assert!(batches.push(now, 'a', 1, usize::MAX - 1, false).is_empty());
+        assert!(batches.closed_by(now, 'a', 1, usize::MAX - 1, false).is_empty());
         assert_eq!(batches.deadline(), None);
-        assert_eq!(batches.push(now, 'a', 2, 2, false).len(), 1);
+        assert_eq!(batches.closed_by(now, 'a', 2, 2, false).len(), 1);
     }
 
     /// An item as it was pushed; `id` counts them.
@@ -384,10 +436,10 @@ mod tests {
         fn push(&mut self, (key, weight, flush): (u8, usize, bool)) {
             let item = Item { id: self.pushed.len(), key, weight, flush, at: self.now };
             self.pushed.push(item);
-            let ready = self.batches.push(self.now, key, item, weight, flush);
+            let ready = self.batches.closed_by(self.now, key, item, weight, flush);
             assert!(ready.len() <= 2);
             self.leave(ready);
-            let open = self.batches.open.len();
+            let open = self.batches.others.len() + usize::from(self.batches.last.is_some());
             assert!(open <= self.policy.max_keys && open == self.batches.ages.len());
             let left: usize = self.left.iter().map(|(_, batch)| batch.items.len()).sum();
             assert_eq!(self.pushed.len(), left + self.batches.len());
@@ -477,7 +529,7 @@ mod tests {
             let start = some_instant();
             let mut batches = Batches::new(policy(4, 3));
             for (at, key) in pushes {
-                batches.push(start + ms(at), key, at, 1, false);
+                batches.closed_by(start + ms(at), key, at, 1, false);
                 let firsts: Vec<_> = batches.ages.keys().map(|(since, _)| *since).collect();
                 prop_assert!(firsts.is_sorted() && firsts.len() <= 3);
                 let due = batches.due(start + ms(at));

@@ -128,6 +128,7 @@ impl Killed {
     }
 
     /// Ends the thread if it was killed.
+    #[inline]
     pub(crate) fn die(self) {
         if let Some(payload) = self.0 {
             resume_unwind(payload);

@@ -239,7 +239,7 @@ impl Pipeline {
         }
         // What is overdue leaves as it is: nothing joins it any more.
         let mut ready = self.batches.due(kernel::instant());
-        ready.extend(self.batches.push(kernel::instant(), key, item, 1, flush));
+        self.batches.push(kernel::instant(), key, item, 1, flush, &mut ready);
         if planted(Bug::OvertakenInItsKey) {
             ready.iter_mut().for_each(|ready| ready.items.reverse());
         }

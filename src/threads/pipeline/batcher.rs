@@ -15,10 +15,7 @@ use super::{Flow, Phase, Tick, count, lock};
 use crate::logic::batch::{BatchPolicy, Batches, Ready};
 use crate::metrics::{Counter, Gauge};
 use crate::threads::{contained, contained_user};
-use crate::work::{Batch, Failure, FailureKind, Handler, Ticket, ToBatch, Trigger};
-
-/// Items that the grouping thread takes at once.
-const HANDFUL: usize = 64;
+use crate::work::{Batch, BatchEntry, Failure, FailureKind, Handler, Ticket, ToBatch, Trigger};
 
 /// A user's function that weighs an item.
 pub(crate) type Weigh<T> = Arc<dyn Fn(&T) -> usize + Send + Sync>;
@@ -27,21 +24,20 @@ pub(crate) type Weigh<T> = Arc<dyn Fn(&T) -> usize + Send + Sync>;
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Group {
     key: Option<Arc<str>>,
-    worker: Option<usize>,
+    /// There are at most 4,096.
+    worker: Option<u16>,
 }
 
-/// One item on its way into a batch.
+/// One item on its way into a batch: with a small one of the program's, it fills
+/// one cache line.
 pub(crate) struct Item<T> {
     group: Group,
     weight: usize,
     flush: bool,
-    entry: Entry<T>,
+    entry: BatchEntry<T>,
 }
 
-/// What of an item is in the batch.
-type Entry<T> = (Ticket, T);
-
-type Closed<T> = Ready<Group, Entry<T>>;
+type Closed<T> = Ready<Group, BatchEntry<T>>;
 
 /// Both ends of a queue that outlives the threads at them.
 type Channel<T> = (Sender<T>, Receiver<T>);
@@ -69,7 +65,7 @@ pub(crate) struct Batcher<T> {
 /// What the grouping thread has in hand.
 struct Grouping<T> {
     taken: VecDeque<Item<T>>,
-    open: Batches<Group, Entry<T>>,
+    open: Batches<Group, BatchEntry<T>>,
 }
 
 /// Among how many workers the keys and partitions are shared out.
@@ -91,7 +87,7 @@ impl<T: Send + 'static> Batcher<T> {
         Self {
             index: 0,
             tick: Tick::new(),
-            workers: Pool::new(format!("broadsock-batch-{name}"), concurrency),
+            workers: Pool::new(format!("broadsock-batch-{name}"), concurrency, true),
             weigh,
             inbox: Inbox::new(queue),
             grouping: Mutex::new(Grouping { taken: VecDeque::new(), open: Batches::new(policy) }),
@@ -115,14 +111,14 @@ impl<T: Send + 'static> Batcher<T> {
     pub(crate) fn item<H: Handler<Item = T>>(
         &self,
         flow: &Flow<H>,
-        mut ticket: Ticket,
+        ticket: Ticket,
         to: ToBatch<T>,
     ) -> Item<T> {
-        ticket.batched = true;
         let weight = self.weight(flow, &to.item);
         let worker = ticket.partition().or_else(|| to.key.as_ref().map(hash));
         let group = Group { worker: worker.map(|place| self.home(place)), key: to.key };
-        Item { group, weight, flush: to.flush, entry: (ticket, to.item) }
+        let entry = BatchEntry { ticket, item: to.item };
+        Item { group, weight, flush: to.flush, entry }
     }
 
     /// Queues an item; waits for room, and returns `false` when stopped first.
@@ -135,7 +131,7 @@ impl<T: Send + 'static> Batcher<T> {
             select! {
                 recv(self.inbox.room.receiver) -> _ => {}
                 recv(flow.stop.signal) -> _ => {
-                    flow.discard(item.entry.1);
+                    flow.discard(item.entry.item);
                     return false;
                 }
             }
@@ -158,10 +154,10 @@ impl<T: Send + 'static> Batcher<T> {
 
     /// The worker that must take the item's batch: order within a partition,
     /// and one worker at a time for each key, come from that.
-    fn home(&self, place: u64) -> usize {
+    fn home(&self, place: u64) -> u16 {
         let mut homes = lock(&self.homes);
         homes.settled = true;
-        (place % homes.count as u64) as usize
+        u16::try_from(place % homes.count as u64).unwrap_or_default()
     }
 
     /// Changes the number of workers; `false` when batches belong to workers.
@@ -183,7 +179,8 @@ impl<T: Send + 'static> Batcher<T> {
         };
         let own = self.own.iter().flat_map(|(_, receiver)| receiver.try_iter());
         let closed = open.into_iter().chain(self.shared.1.try_iter()).chain(own);
-        let waiting = taken.into_iter().chain(self.inbox.clear()).map(|item| item.entry);
+        let waiting =
+            taken.into_iter().chain(self.inbox.take(VecDeque::new())).map(|item| item.entry);
         let entries = closed.flat_map(|closed| closed.items).chain(waiting);
         self.grouped.clear();
         for entry in entries {
@@ -236,7 +233,7 @@ impl<T: Send + 'static> Batcher<T> {
         let mut grouping = lock(&self.grouping);
         let Grouping { taken, open } = &mut *grouping;
         if taken.is_empty() {
-            *taken = self.inbox.take(HANDFUL);
+            *taken = self.inbox.take(std::mem::take(taken));
             self.grouped.add(count(taken.len()));
         }
         let is_idle = taken.is_empty();
@@ -245,7 +242,7 @@ impl<T: Send + 'static> Batcher<T> {
         while closed.is_empty()
             && let Some(Item { group, weight, flush, entry }) = taken.pop_front()
         {
-            closed = open.push(now, group, entry, weight, flush);
+            open.push(now, group, entry, weight, flush, &mut closed);
         }
         (closed, is_idle)
     }
@@ -259,10 +256,11 @@ impl<T: Send + 'static> Batcher<T> {
             self.batches[place(trigger)].add(1);
             self.batched.add(len as u64);
             flow.emit(PipelineEvent::Batch { batcher: self.name.to_string(), len, trigger });
-            let sender = batch.key.worker.map_or(&self.shared.0, |worker| &self.own[worker].0);
+            let sender =
+                batch.key.worker.map_or(&self.shared.0, |worker| &self.own[usize::from(worker)].0);
             if let Some(batch) = send_or_stop(flow, sender, batch) {
                 let left = std::iter::once(batch).chain(closed);
-                left.flat_map(|batch| batch.items).for_each(|(_, item)| flow.discard(item));
+                left.flat_map(|batch| batch.items).for_each(|entry| flow.discard(entry.item));
                 return false;
             }
         }
@@ -318,17 +316,17 @@ fn handle<H: Handler>(
 ) {
     let len = closed.items.len();
     batcher.grouped.add(-count(len));
-    let (tickets, items): (Vec<Ticket>, Vec<H::Item>) = closed.items.into_iter().unzip();
+    let mut messages = Vec::new();
+    closed.items.iter().for_each(|entry| Run::add(&mut messages, &entry.ticket, len));
     let mut batch = Batch {
         batcher: Arc::clone(&batcher.name),
         key: closed.key.key,
         trigger: closed.trigger,
-        items,
-        tickets: Arc::new(tickets),
+        entries: closed.items,
         failures: BTreeMap::new(),
     };
     let started = flow.clock.now();
-    slot.begin_batch(&batch.tickets, started);
+    slot.begin_batch(messages, started);
     if flow.hub.is_heard() {
         let (thread, batcher) = (slot.name.clone(), batcher.name.to_string());
         flow.emit(PipelineEvent::BatchStarted { thread, batcher, len });
@@ -347,14 +345,22 @@ fn handle<H: Handler>(
     };
     let any_failed = whole.is_some() || !batch.failures.is_empty();
     let took = now.saturating_duration_since(started);
-    let (succeeded, failed) = outcomes(flow, batch, whole.as_ref());
+    let outcomes = if any_failed {
+        Some(outcomes(flow, batch, whole.as_ref()))
+    } else {
+        batch.entries.into_iter().for_each(|entry| flow.discard(entry.item));
+        None
+    };
     if flow.hub.is_heard() {
         let (thread, batcher) = (slot.name.clone(), batcher.name.to_string());
         flow.emit(PipelineEvent::BatchDone { thread, batcher, len, failed: any_failed, took });
     }
     slot.stats.handled.add(1);
     slot.stats.failed.add(u64::from(any_failed));
-    slot.finish_batch(succeeded, failed);
+    match outcomes {
+        None => slot.finish_good_batch(),
+        Some((succeeded, failed)) => slot.finish_batch(succeeded, failed),
+    }
     flow.settle_hand(slot);
 }
 
@@ -364,21 +370,22 @@ fn outcomes<H: Handler>(
     batch: Batch<H::Item>,
     whole: Option<&Failure>,
 ) -> (Vec<Run>, Vec<(Ticket, Failure)>) {
-    let Batch { items, tickets, mut failures, .. } = batch;
+    let Batch { entries, mut failures, .. } = batch;
+    let len = entries.len();
     let (mut succeeded, mut failed, mut again) = (Vec::new(), Vec::new(), Vec::new());
-    for (place, (ticket, item)) in tickets.iter().zip(items).enumerate() {
+    for (place, BatchEntry { ticket, item }) in entries.into_iter().enumerate() {
         flow.discard(item);
         let Some(failure) = whole.cloned().or_else(|| failures.remove(&place)) else {
-            Run::add(&mut succeeded, ticket, tickets.len() - place);
+            Run::add(&mut succeeded, &ticket, len - place);
             continue;
         };
-        match flow.after_failure(ticket, &failure) {
-            Some(due) => again.push((due, ticket.clone())),
-            None => failed.push((ticket.clone(), failure)),
+        match flow.after_failure(&ticket, &failure) {
+            Some(due) => again.push((due, ticket)),
+            None => failed.push((ticket, failure)),
         }
     }
     // Not before the last user code: if the thread dies of that, all of these fail.
-    again.into_iter().for_each(|(due, ticket)| flow.retry_at(due, ticket));
+    again.into_iter().for_each(|(due, ticket)| flow.retry_at(due, ticket, true));
     (succeeded, failed)
 }
 

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::Acquire, Ordering::Release};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use super::lock;
 use crate::message::Message;
@@ -22,8 +22,8 @@ pub(crate) struct Chunk {
     /// Rows below this one were begun; all but the last of them have an end.
     begun: AtomicUsize,
     ends: Box<[AtomicU8]>,
-    /// What few rows have.
-    extras: Mutex<BTreeMap<usize, Extra>>,
+    /// What few rows of few chunks have.
+    extras: OnceLock<Mutex<Extras>>,
 }
 
 /// Where the messages are.
@@ -37,11 +37,13 @@ enum Rows {
     Again(Vec<Ticket>),
 }
 
-#[derive(Debug, Default)]
+type Extras = BTreeMap<usize, Extra>;
+
+#[derive(Debug, Default, Clone)]
 struct Extra {
     /// Tries that failed while it was in here.
     tries: u32,
-    tag: Option<Tag>,
+    tag: Option<Box<Tag>>,
 }
 
 /// What became of a row.
@@ -68,9 +70,7 @@ pub(crate) struct Run {
 pub(crate) struct Member {
     pub(crate) place: u32,
     pub(crate) attempts: u32,
-    pub(crate) tag: Option<Tag>,
-    /// It was past its processor, in a batcher.
-    pub(crate) batched: bool,
+    pub(crate) tag: Option<Box<Tag>>,
 }
 
 impl Chunk {
@@ -91,14 +91,16 @@ impl Chunk {
 
     fn new(rows: Rows, len: usize) -> Self {
         let ends = (0..len).map(|_| AtomicU8::new(End::None as u8)).collect();
-        Self { rows, begun: AtomicUsize::new(0), ends, extras: Mutex::default() }
+        Self { rows, begun: AtomicUsize::new(0), ends, extras: OnceLock::new() }
     }
 
+    #[inline]
     pub(crate) fn len(&self) -> usize {
         self.ends.len()
     }
 
     /// Begins the next row.
+    #[inline]
     pub(crate) fn begin(&self) -> Option<usize> {
         let row = self.begun.load(Acquire);
         if row == self.len() {
@@ -109,6 +111,7 @@ impl Chunk {
     }
 
     /// The next row to begin; the number of rows at the end.
+    #[inline]
     pub(crate) fn begun(&self) -> usize {
         self.begun.load(Acquire)
     }
@@ -119,24 +122,25 @@ impl Chunk {
         (self.end_of(row) == End::None as u8).then_some(row)
     }
 
+    #[inline]
     pub(crate) fn end(&self, row: usize, end: End) {
         self.ends[row].store(end as u8, Release);
     }
 
+    #[inline]
     fn end_of(&self, row: usize) -> u8 {
         self.ends[row].load(Acquire)
     }
 
     /// The current row failed, and is begun again as the next one.
     pub(crate) fn hold(&self, row: usize) {
-        lock(&self.extras).entry(row).or_default().tries += 1;
+        lock(self.extras.get_or_init(Mutex::default)).entry(row).or_default().tries += 1;
         self.begun.store(row, Release);
     }
 
-    pub(crate) fn tag(&self, row: usize, tag: Option<Tag>) {
-        if tag.is_some() {
-            lock(&self.extras).entry(row).or_default().tag = tag;
-        }
+    pub(crate) fn tag(&self, row: usize, tag: Tag) {
+        let extras = self.extras.get_or_init(Mutex::default);
+        lock(extras).entry(row).or_default().tag = Some(Box::new(tag));
     }
 
     /// All messages, in order.
@@ -149,18 +153,21 @@ impl Chunk {
         }
     }
 
+    #[inline]
     pub(crate) fn message(&self, row: usize) -> &Message {
         let (pulled, place) = self.origin(row);
         pulled.message(place)
     }
 
     /// What goes on with a row that was begun.
+    #[inline]
     pub(crate) fn ticket(&self, row: usize) -> Ticket {
         let (pulled, place) = self.origin(row);
-        let Member { attempts, tag, batched, .. } = self.member(row, lock(&self.extras).get(&row));
-        Ticket { pulled: Arc::clone(pulled), place, attempts, tag, batched }
+        let Member { attempts, tag, .. } = self.member(row);
+        Ticket { pulled: Arc::clone(pulled), place, attempts, tag }
     }
 
+    #[inline]
     fn origin(&self, row: usize) -> (&Arc<Pulled>, u32) {
         match &self.rows {
             // As many rows as places, which have 32 bits.
@@ -170,17 +177,15 @@ impl Chunk {
         }
     }
 
-    fn member(&self, row: usize, extra: Option<&Extra>) -> Member {
+    #[inline]
+    fn member(&self, row: usize) -> Member {
         let earlier = match &self.rows {
             Rows::Again(tickets) => tickets[row].attempts,
             _ => 0,
         };
-        Member {
-            place: self.origin(row).1,
-            attempts: earlier + extra.map_or(0, |extra| extra.tries) + 1,
-            tag: extra.and_then(|extra| extra.tag.clone()),
-            batched: false,
-        }
+        let extra = self.extras.get().and_then(|extras| lock(extras).get(&row).cloned());
+        let Extra { tries, tag } = extra.unwrap_or_default();
+        Member { place: self.origin(row).1, attempts: earlier + tries + 1, tag }
     }
 
     /// Whether something from row `from` on has succeeded and is to be settled.
@@ -191,7 +196,6 @@ impl Chunk {
     /// Takes what has succeeded from row `from` on, to be settled; returns the
     /// first row that has no end. One thread at a time.
     pub(crate) fn take_done(&self, from: usize, runs: &mut Vec<Run>) -> usize {
-        let extras = lock(&self.extras);
         for row in from..self.len() {
             let end = self.end_of(row);
             if end == End::None as u8 {
@@ -199,7 +203,7 @@ impl Chunk {
             }
             if end == End::Done as u8 {
                 self.end(row, End::Gone);
-                let member = self.member(row, extras.get(&row));
+                let member = self.member(row);
                 Run::append(runs, self.origin(row).0, member, self.len() - row);
             }
         }
@@ -217,9 +221,9 @@ impl Run {
 
     /// Appends one of about `room` messages that are left to be.
     pub(crate) fn add(runs: &mut Vec<Self>, ticket: &Ticket, room: usize) {
-        let Ticket { pulled, place, attempts, tag, batched } = ticket;
-        let (place, attempts, batched) = (*place, *attempts, *batched);
-        Self::append(runs, pulled, Member { place, attempts, tag: tag.clone(), batched }, room);
+        let Ticket { pulled, place, attempts, tag } = ticket;
+        let member = Member { place: *place, attempts: *attempts, tag: tag.clone() };
+        Self::append(runs, pulled, member, room);
     }
 
     fn append(runs: &mut Vec<Self>, pulled: &Arc<Pulled>, member: Member, room: usize) {
@@ -231,6 +235,15 @@ impl Run {
                 runs.push(Self { pulled: Arc::clone(pulled), members });
             }
         }
+    }
+
+    pub(crate) fn tickets(&self) -> impl Iterator<Item = Ticket> {
+        self.members.iter().map(|Member { place, attempts, tag }| Ticket {
+            pulled: Arc::clone(&self.pulled),
+            place: *place,
+            attempts: *attempts,
+            tag: tag.clone(),
+        })
     }
 
     pub(crate) fn messages(&self) -> impl Iterator<Item = &Message> {
@@ -281,9 +294,12 @@ mod tests {
         chunk.hold(row);
         assert_eq!((chunk.begun(), chunk.current()), (0, None));
         assert_eq!(chunk.begin(), Some(row));
-        chunk.tag(row, Some("late".into()));
+        chunk.tag(row, "late".into());
         let ticket = chunk.ticket(row);
-        assert_eq!((ticket.place, ticket.attempts, ticket.tag.as_deref()), (4, 2, Some("late")));
+        assert_eq!(
+            (ticket.place, ticket.attempts, ticket.tag.as_deref().map(|t| &**t)),
+            (4, 2, Some("late"))
+        );
         chunk.end(row, End::Done);
         let mut runs = Vec::new();
         chunk.take_done(0, &mut runs);

@@ -50,27 +50,16 @@ impl<T> Inbox<T> {
         }
     }
 
-    /// Takes up to `most` items, oldest first.
-    pub(crate) fn take(&self, most: usize) -> VecDeque<T> {
+    /// Takes all items, and leaves `room` for the next ones, which is empty.
+    pub(crate) fn take(&self, room: VecDeque<T>) -> VecDeque<T> {
         let mut items = lock(&self.items);
         let was_full = items.len() >= self.capacity;
-        let taken = if items.len() <= most {
-            // The next ones find room of this size again, and no need to grow.
-            let room = VecDeque::with_capacity(items.len());
-            std::mem::replace(&mut *items, room)
-        } else {
-            items.drain(..most).collect()
-        };
+        let taken = std::mem::replace(&mut *items, room);
         drop(items);
         if was_full {
             self.room.fire();
         }
         taken
-    }
-
-    /// Empties it.
-    pub(crate) fn clear(&self) -> VecDeque<T> {
-        self.take(usize::MAX)
     }
 }
 
@@ -87,12 +76,14 @@ mod tests {
         assert_eq!(inbox.push(3), Err(3));
         assert!(inbox.filled.receiver.try_recv().is_ok() && inbox.filled.receiver.is_empty());
         assert!(inbox.room.receiver.is_empty());
-        assert_eq!(inbox.take(2), [0, 1]);
+        assert_eq!(inbox.take(VecDeque::new()), [0, 1, 2]);
         assert!(inbox.room.receiver.try_recv().is_ok());
+        assert_eq!((inbox.push(4), inbox.filled.receiver.len()), (Ok(()), 1));
+        assert!(inbox.filled.receiver.try_recv().is_ok());
+        assert_eq!((inbox.push(5), inbox.filled.receiver.len()), (Ok(()), 0), "not empty before");
         inbox.pass_on_room();
-        assert_eq!((inbox.room.receiver.len(), inbox.push(4)), (1, Ok(())));
-        assert!(inbox.filled.receiver.is_empty(), "it was not empty");
-        assert_eq!(inbox.clear(), [2, 4]);
-        assert_eq!((inbox.push(5), inbox.filled.receiver.len()), (Ok(()), 1));
+        assert_eq!((inbox.room.receiver.len(), inbox.len()), (1, 2));
+        assert_eq!(inbox.take(VecDeque::new()), [4, 5]);
+        assert_eq!(inbox.room.receiver.len(), 1, "it was not full");
     }
 }

@@ -217,6 +217,7 @@ impl StopSwitch {
         lock(&self.sender).take();
     }
 
+    #[inline]
     pub(crate) fn is_set(&self) -> bool {
         self.stopped.load(Acquire)
     }
@@ -294,7 +295,7 @@ impl<H: Handler> Flow<H> {
             handler,
             sources,
             lanes: (0..lanes).map(|_| Lane::new(queue)).collect(),
-            processors: Pool::new("broadsock-proc".to_owned(), processors),
+            processors: Pool::new("broadsock-proc".to_owned(), processors, false),
             batchers: batchers.into_iter().map(|b| (Arc::clone(&b.name), b)).collect(),
             limiter: limiter.map(Mutex::new),
             stop: StopSwitch::new(),

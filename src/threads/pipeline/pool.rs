@@ -8,7 +8,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use super::chunk::{Chunk, End, Run};
 use super::lock;
 use super::stats::WorkerStats;
-use crate::message::Metadata;
+use crate::message::{Message, Metadata};
 use crate::work::{Failure, Ticket};
 
 /// The workers that a stage should have. Those that are no longer in it end
@@ -16,6 +16,8 @@ use crate::work::{Failure, Ticket};
 #[derive(Debug)]
 pub(crate) struct Pool {
     prefix: String,
+    /// Its workers handle batches, not messages.
+    has_batches: bool,
     slots: Mutex<Vec<Arc<Slot>>>,
 }
 
@@ -26,6 +28,8 @@ pub(crate) struct Slot {
     pub(crate) name: String,
     /// Its place in the pool.
     pub(crate) index: usize,
+    /// What it has in hand is past the processors.
+    pub(crate) has_batches: bool,
     hand: Mutex<Hand>,
     pub(crate) stats: WorkerStats,
     /// Dropped to retire the worker.
@@ -41,7 +45,7 @@ pub(crate) struct Hand {
     /// success.
     settled: usize,
     /// The batch that was begun.
-    batch: Option<Arc<Vec<Ticket>>>,
+    batch: Vec<Run>,
     stint: Option<Stint>,
     /// Finished, and not settled; of a processor, what its chunk does not have.
     succeeded: Vec<Run>,
@@ -64,8 +68,8 @@ struct Stint {
 
 impl Pool {
     /// `count` workers, whose threads are named `prefix` and a number.
-    pub(crate) fn new(prefix: String, count: usize) -> Self {
-        let pool = Self { prefix, slots: Mutex::default() };
+    pub(crate) fn new(prefix: String, count: usize, has_batches: bool) -> Self {
+        let pool = Self { prefix, has_batches, slots: Mutex::default() };
         pool.resize(count);
         pool
     }
@@ -86,17 +90,18 @@ impl Pool {
             }
         }
         for index in slots.len()..count {
-            slots.push(Slot::new(format!("{}-{index}", self.prefix), index));
+            slots.push(Slot::new(format!("{}-{index}", self.prefix), index, self.has_batches));
         }
     }
 }
 
 impl Slot {
-    fn new(name: String, index: usize) -> Arc<Self> {
+    fn new(name: String, index: usize, has_batches: bool) -> Arc<Self> {
         let (retire, retired) = bounded(0);
         Arc::new(Self {
             name,
             index,
+            has_batches,
             hand: Mutex::default(),
             stats: WorkerStats::default(),
             retire: Mutex::new(Some(retire)),
@@ -120,8 +125,8 @@ impl Slot {
     }
 
     /// Notes what is in the handler's hands, in case the thread dies with it.
-    pub(crate) fn begin_batch(&self, tickets: &Arc<Vec<Ticket>>, now: Instant) {
-        lock(&self.hand).batch = Some(Arc::clone(tickets));
+    pub(crate) fn begin_batch(&self, messages: Vec<Run>, now: Instant) {
+        lock(&self.hand).batch = messages;
         self.enter(now);
     }
 
@@ -146,10 +151,17 @@ impl Slot {
         hand.failed.push((ticket, failure));
     }
 
+    /// The batch has succeeded.
+    pub(crate) fn finish_good_batch(&self) {
+        let mut hand = lock(&self.hand);
+        let succeeded = std::mem::take(&mut hand.batch);
+        hand.succeeded.extend(succeeded);
+    }
+
     /// The batch has its outcomes.
     pub(crate) fn finish_batch(&self, succeeded: Vec<Run>, failed: Vec<(Ticket, Failure)>) {
         let mut hand = lock(&self.hand);
-        hand.batch = None;
+        hand.batch.clear();
         hand.succeeded.extend(succeeded);
         hand.failed.extend(failed);
     }
@@ -179,10 +191,8 @@ impl Slot {
     pub(crate) fn bury(&self, failure: impl Fn() -> Failure) {
         let mut hand = lock(&self.hand);
         hand.stint = None;
-        let mut begun = Vec::new();
-        if let Some(batch) = hand.batch.take() {
-            begun.extend(batch.iter().cloned());
-        }
+        let batch = std::mem::take(&mut hand.batch);
+        let mut begun: Vec<Ticket> = batch.iter().flat_map(Run::tickets).collect();
         if let Some(chunk) = &hand.chunk
             && let Some(row) = chunk.current()
         {
@@ -219,12 +229,11 @@ impl Slot {
             return None;
         }
         stint.told = Some(row);
-        let message = match (chunk, batch) {
-            (Some(chunk), _) => Some(chunk.message(row).metadata()),
-            (None, Some(batch)) => batch.first().map(|ticket| ticket.message().metadata()),
-            (None, None) => None,
+        let message = match chunk {
+            Some(chunk) => Some(chunk.message(row)),
+            None => batch.first().and_then(|run| run.messages().next()),
         };
-        Some((message, running_for))
+        Some((message.map(Message::metadata), running_for))
     }
 }
 
@@ -245,7 +254,7 @@ impl Stint {
 mod tests {
     use super::*;
     use crate::io::clock::Clock;
-    use crate::message::{BlockBuilder, Message, Payload};
+    use crate::message::{BlockBuilder, Payload};
     use crate::work::{FailureKind, Pulled};
     use std::sync::OnceLock;
 
@@ -255,7 +264,7 @@ mod tests {
         (1..=count).for_each(|n| block.push(Payload::Text("a"), n, None));
         let messages: Vec<Message> = block.finish().collect();
         let pulled = Pulled { number: 0, source: 0, messages, partitions: OnceLock::new() };
-        let slot = Slot::new("worker".to_owned(), 0);
+        let slot = Slot::new("worker".to_owned(), 0, false);
         slot.take_up(Chunk::range(&Arc::new(pulled), 0..u32::try_from(count).unwrap()));
         let chunk = slot.chunk().unwrap();
         (slot, chunk)

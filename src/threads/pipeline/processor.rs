@@ -181,17 +181,27 @@ impl<'a, H: Handler> Stint<'a, H> {
             && let Some(row) = self.chunk.begin()
         {
             let (flow, message) = (self.flow, self.chunk.message(row));
-            let result = contained_user(|| flow.handler.handle_message(message));
-            let outcome = match result {
-                Ok(Ok(next)) => self.forward(row, next),
-                Ok(Err(failure)) => Err(failure),
-                Err(panic) => {
-                    flow.counters.panics.add(1);
-                    let text = format!("the handler panicked: {panic}");
-                    Err(Failure::of(FailureKind::Panic, text, true))
-                }
-            };
+            // What says more than "done" is put down here once: moving it out
+            // through the result would take longer than a quick handler does.
+            let mut more = None;
+            let result = contained_user(|| match flow.handler.handle_message(message) {
+                Ok(Next { batch: None, tag: None, .. }) => {}
+                outcome => more = Some(outcome),
+            });
             self.handled += 1;
+            if let Err(panic) = result {
+                flow.counters.panics.add(1);
+                let text = format!("the handler panicked: {panic}");
+                return self.fail(row, Failure::of(FailureKind::Panic, text, true));
+            }
+            let outcome = match more {
+                None => {
+                    self.chunk.end(row, End::Done);
+                    continue;
+                }
+                Some(Ok(next)) => self.forward(row, next),
+                Some(Err(failure)) => Err(failure),
+            };
             if let Err(failure) = outcome {
                 return self.fail(row, failure);
             }
@@ -209,7 +219,9 @@ impl<'a, H: Handler> Stint<'a, H> {
     }
 
     fn forward(&mut self, row: usize, next: Next<H::Item>) -> Result<(), Failure> {
-        self.chunk.tag(row, next.tag);
+        if let Some(tag) = next.tag {
+            self.chunk.tag(row, tag);
+        }
         let Some(to) = next.batch else {
             self.chunk.end(row, End::Done);
             return Ok(());
@@ -249,7 +261,7 @@ impl<'a, H: Handler> Stint<'a, H> {
             self.chunk.hold(row);
             return Some(due);
         }
-        self.flow.retry_at(due, ticket);
+        self.flow.retry_at(due, ticket, false);
         self.chunk.end(row, End::Gone);
         None
     }
@@ -294,8 +306,8 @@ impl<H: Handler> Flow<H> {
     }
 
     /// Puts a message back to its processors, whichever of them has time then.
-    pub(crate) fn retry_at(&self, due: Instant, mut ticket: Ticket) {
-        if std::mem::take(&mut ticket.batched) {
+    pub(crate) fn retry_at(&self, due: Instant, ticket: Ticket, batched: bool) {
+        if batched {
             self.counters.upstream.add(1);
         }
         let index = self.lane_of(ticket.partition());
@@ -306,6 +318,9 @@ impl<H: Handler> Flow<H> {
 
     /// Drops what the program made, whose destructor is its code.
     pub(crate) fn discard<T>(&self, item: T) {
+        if !std::mem::needs_drop::<T>() {
+            return;
+        }
         if let Err(panic) = contained_user(|| drop(item)) {
             self.panicked("Item::drop", panic);
         }

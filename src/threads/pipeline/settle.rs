@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::chunk::Run;
+use super::chunk::{Member, Run};
 use super::pool::Slot;
 use super::register::Claim;
 use super::stats::PipelineEvent;
@@ -24,14 +24,14 @@ impl<H: Handler> Flow<H> {
     pub(crate) fn settle_hand(&self, slot: &Slot) {
         let (succeeded, failed) = slot.take_finished();
         if !succeeded.is_empty() || !failed.is_empty() {
-            self.settle(succeeded, failed);
+            self.settle(succeeded, failed, slot.has_batches);
         }
     }
 
     /// Settles messages: the failure hook, the acknowledgers, the sources'
     /// records, the ledger, and with it room for others; in this order, and all
     /// of it whatever user code does, as nobody else will.
-    fn settle(&self, succeeded: Vec<Run>, failed: Vec<(Ticket, Failure)>) {
+    fn settle(&self, succeeded: Vec<Run>, failed: Vec<(Ticket, Failure)>, batched: bool) {
         let mut killed = Killed::default();
         let mut claimed = self.claim(succeeded, failed);
         let failed = std::mem::take(&mut claimed.failed);
@@ -47,8 +47,9 @@ impl<H: Handler> Flow<H> {
         self.note(&good, true, &mut killed);
         self.note(&bad, false, &mut killed);
         self.enter_in_ledger(&good, &bad);
-        let members = good.iter().chain(&bad).flat_map(|run| &run.members);
-        self.left_upstream(members.filter(|member| !member.batched).count());
+        if !batched {
+            self.left_upstream(good.iter().chain(&bad).map(|run| run.members.len()).sum());
+        }
         killed.die();
     }
 
@@ -90,7 +91,7 @@ impl<H: Handler> Flow<H> {
             return self.acknowledged(source, count, failed);
         }
         let mut succeeded = Vec::with_capacity(good.clone().map(|run| run.members.len()).sum());
-        succeeded.extend(good.flat_map(report_succeeded));
+        good.for_each(|run| succeeded.extend(run.members.iter().map(|m| report_succeeded(run, m))));
         let of = bad.iter().zip(failed).filter(|(ticket, _)| ticket.pulled.source == source);
         let failed: Vec<Failed> = of.map(|(_, failed)| failed.clone()).collect();
         self.acknowledge(source, &succeeded, &failed, killed);
@@ -102,7 +103,7 @@ impl<H: Handler> Flow<H> {
         if first {
             let mut killed = Killed::default();
             let message = ticket.message().clone();
-            let (attempts, tag) = (ticket.attempts, ticket.tag.clone());
+            let (attempts, tag) = (ticket.attempts, ticket.tag.as_deref().cloned());
             let succeeded = [Succeeded { message, attempts, tag }];
             self.acknowledge(ticket.pulled.source, &succeeded, &[], &mut killed);
             killed.die();
@@ -231,19 +232,19 @@ impl Claimed {
     }
 }
 
-fn report_succeeded(run: &Run) -> impl Iterator<Item = Succeeded> {
-    run.members.iter().map(|member| Succeeded {
+fn report_succeeded(run: &Run, member: &Member) -> Succeeded {
+    Succeeded {
         message: run.pulled.message(member.place).clone(),
         attempts: member.attempts,
-        tag: member.tag.clone(),
-    })
+        tag: member.tag.as_deref().cloned(),
+    }
 }
 
 fn report_failed(ticket: Ticket, failure: Failure) -> (Ticket, Failed) {
     let failed = Failed {
         message: ticket.message().clone(),
         attempts: ticket.attempts,
-        tag: failure.tag.clone().or_else(|| ticket.tag.clone()),
+        tag: failure.tag.clone().or_else(|| ticket.tag.as_deref().cloned()),
         failure,
     };
     (ticket, failed)
