@@ -286,6 +286,39 @@ fn a_handler_that_runs_too_long_is_reported_once_with_its_thread_and_message() {
 }
 
 #[test]
+fn a_handler_that_gets_stuck_after_quick_ones_is_reported_and_their_batch_leaves_in_time() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let hands = Hands::new(move |message| {
+        if number(message) == 45 {
+            held.enter();
+        }
+        to_batch(message)
+    });
+    let batches = hands.batches.clone();
+    let (source, feed) = testing::source();
+    let pipeline = Pipeline::builder(hands)
+        .source(source)
+        .processors(1)
+        .handler_timeout(ms(20))
+        .batcher("batch", Batching::new().size(1000).timeout(ms(10)))
+        .start()
+        .unwrap();
+    let events = pipeline.events();
+    feed.test_batch(numbers(60));
+    let (message, time) = find(&events, |event| match event {
+        PipelineEvent::Slow { message, running_for, .. } => Some((message.unwrap(), *running_for)),
+        _ => None,
+    });
+    assert_eq!((message.sequence, time >= ms(20)), (46, true));
+    eventually("45 items in batches", || {
+        batches.all().iter().map(|batch| batch.items.len()).sum::<usize>() == 45
+    });
+    gate.open();
+    ends_well(&pipeline);
+}
+
+#[test]
 fn waiting_for_a_batcher_is_not_the_handlers_time() {
     let gate = Gate::new();
     let held = gate.clone();

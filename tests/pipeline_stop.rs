@@ -85,6 +85,34 @@ fn four_stuck_workers_cost_one_deadline_and_are_named() {
     gate.open();
 }
 
+#[test]
+fn what_a_worker_finished_before_it_got_stuck_is_settled_at_the_stop() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let acknowledger = TestAcknowledger::new();
+    let (source, feed) = testing::source();
+    // By then handlers have been quick for so long that each is not timed.
+    let pipeline = Pipeline::each(move |message: &Message| {
+        if number(message) == 45 {
+            held.enter();
+        }
+        Ok::<(), String>(())
+    })
+    .source_with(source, acknowledger.clone())
+    .processors(1)
+    .start()
+    .unwrap();
+    feed.test_batch(numbers(60));
+    gate.entered.wait(1);
+    let report = pipeline.stop(ms(1000));
+    stuck(&report, &["broadsock-proc-0"]);
+    assert!(report.ledger.balanced(), "{}", report.ledger);
+    assert_eq!((report.ledger.succeeded, acknowledger.succeeded().len()), (45, 45));
+    let left: Vec<_> = (45..60).map(|n| n.to_string()).collect();
+    assert_eq!(texts(&report.returned), left);
+    gate.open();
+}
+
 /// Calls stop where `place` says, from inside the pipeline.
 fn stopped_inside(place: &'static str) {
     let own: Arc<OnceLock<Weak<Pipeline>>> = Arc::default();
