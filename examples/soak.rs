@@ -187,7 +187,7 @@ impl World {
         let feed = Feed::new(u64::MAX, |n| format!(r#"{{"id":{n},"price":{}}}"#, 100 + n % 7));
         let feed = feed.replay(REPLAY);
         // More than can be accepted in that time; each connection takes one.
-        let count = 1000 + usize::try_from(length.as_secs()).unwrap_or(0) * 20;
+        let count = 200 + usize::try_from(length.as_secs()).unwrap_or(0) * 5;
         let patient = length >= Duration::from_secs(60);
         let turns = |start| {
             let cycle = faults(&feed, patient).into_iter().cycle();
@@ -285,8 +285,8 @@ fn work(feed: &Feed) -> Script {
 
 /// A connection without a fault for eleven seconds.
 fn steady(feed: &Feed) -> Script {
-    let part = |script: Script, _| script.feed(feed, NEW / 110).pause(Duration::from_millis(100));
-    (0..110).fold(Script::new().upgrade(), part).close(1000, "")
+    let part = |script: Script, _| script.feed(feed, NEW / 22).pause(Duration::from_millis(500));
+    (0..22).fold(Script::new().upgrade(), part).close(1000, "")
 }
 
 /// A message without an id, of about `len` bytes.
