@@ -1,6 +1,7 @@
 //! A URL, parsed once into what dialling needs.
 
 use std::fmt;
+use std::net::Ipv6Addr;
 
 use tungstenite::http::Uri;
 
@@ -54,7 +55,7 @@ impl Target {
         uri: &Uri,
     ) -> Result<Self, &'static str> {
         let bracketed = authority.host();
-        let host = bracketed.trim_start_matches('[').trim_end_matches(']').to_owned();
+        let host = without_brackets(bracketed)?.to_owned();
         if host.is_empty() {
             return Err("its host is empty");
         }
@@ -108,6 +109,23 @@ impl Target {
         let path = self.path.split('?').next().unwrap_or_default();
         path.rfind('/').map_or("/", |slash| &path[..=slash])
     }
+}
+
+/// The host itself: an IPv6 address stands in brackets, and nothing else does
+/// (RFC 3986, section 3.2.2). `Uri` takes them anywhere.
+fn without_brackets(host: &str) -> Result<&str, &'static str> {
+    let Some(rest) = host.strip_prefix('[') else {
+        return if host.contains(['[', ']']) {
+            Err("its host has a bracket inside")
+        } else {
+            Ok(host)
+        };
+    };
+    let inside = rest.strip_suffix(']').unwrap_or(rest);
+    if inside.parse::<Ipv6Addr>().is_err() {
+        return Err("what its brackets hold is not an IPv6 address");
+    }
+    Ok(inside)
 }
 
 /// What follows a scheme, which may be in any case.
@@ -191,6 +209,15 @@ mod tests {
             assert_eq!(error.kind(), &ErrorKind::Url, "{url}");
             assert!(!error.chain().contains("hush"), "{error}");
         }
+    }
+
+    #[test]
+    fn brackets_hold_an_ipv6_address_and_stand_nowhere_else() {
+        for url in ["ws://y[::1]:9/", "ws://[::1]y/", "ws://[h]/", "ws://[1.2.3.4]/", "ws://[]/"] {
+            let error = Target::parse(url).unwrap_err();
+            assert_eq!(error.kind(), &ErrorKind::Url, "{url}");
+        }
+        assert_eq!(Target::parse("ws://[2001:db8::1]/").unwrap().host, "2001:db8::1");
     }
 
     #[test]
