@@ -6,6 +6,9 @@ mod client;
 mod config;
 mod error;
 mod event;
+#[cfg(test)]
+#[path = "../tests/fuzz/mod.rs"]
+mod fuzz;
 mod handler;
 mod io;
 mod logic;

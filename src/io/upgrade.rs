@@ -32,6 +32,7 @@ const RESERVED: [&str; 6] = [
 ];
 
 /// Both sides of one upgrade: the bytes to send, and the reading of the answer.
+#[cfg_attr(test, derive(Clone))]
 pub(crate) struct Upgrade {
     request: Vec<u8>,
     accept: String,
