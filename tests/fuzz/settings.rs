@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use super::Input;
 use crate::error::{Error, ErrorKind};
-use crate::event::EventKind;
 use crate::io::clock::Clock;
 use crate::testing::{Script, Server};
 use crate::{
@@ -41,10 +40,8 @@ pub(super) fn client(input: &[u8]) {
     assert_eq!(report.stuck, [""; 0]);
     assert!(report.metrics.ledger.balanced(), "{}", report.metrics.ledger);
     for event in events.try_iter() {
-        assert!(!matches!(event.kind, EventKind::Panic { .. }), "{event}");
-    }
-    if let Some(error) = report.error {
-        assert_ne!(error.kind(), &ErrorKind::Panicked, "{}", error.chain());
+        // Also that of a thread which supervision has started again.
+        assert!(!event.to_string().contains("panicked"), "{event}");
     }
 }
 
