@@ -8,9 +8,11 @@ use tungstenite::protocol::{Role, WebSocketConfig};
 use tungstenite::{Error as WsError, Message as WsMessage};
 
 use super::Input;
-use crate::error::ErrorKind;
+use crate::error::{Error, ErrorKind};
 use crate::handler::Data;
+use crate::io::clock::Clock;
 use crate::io::websocket::{Incoming, Limits, Websocket};
+use crate::message::{BlockBuilder, Message};
 
 pub(super) const WORDS: &[&[u8]] = &[
     b"\x81\x03abc",
@@ -39,8 +41,11 @@ pub(super) fn run(input: &[u8]) {
         input.take(usize::from(first & 7)).iter().map(|size| usize::from(*size)).collect();
     let bytes = input.0;
     let rest = usize::from(first >> 3).min(bytes.len());
-    let here = read_here(&bytes[..rest], Pieces::new(&bytes[rest..], &sizes));
-    assert_eq!(here, read_by_tungstenite(Pieces::new(bytes, &sizes)));
+    let expected = read_by_tungstenite(Pieces::new(bytes, &sizes));
+    for most in [0, 1, 3, 1000] {
+        let here = read_here(&bytes[..rest], Pieces::new(&bytes[rest..], &sizes), most);
+        assert_eq!(here, expected, "in runs of {most}");
+    }
 }
 
 /// What was read, in order; the error that ends it is the last.
@@ -55,30 +60,59 @@ enum Seen {
     Error(ErrorKind),
 }
 
-fn read_here(rest: &[u8], pieces: Pieces<'_>) -> Vec<Seen> {
+/// Reads as a connection does: in runs of up to `most` where there are any, else
+/// one by one; without runs if `most` is 0.
+fn read_here(rest: &[u8], pieces: Pieces<'_>, most: usize) -> Vec<Seen> {
     let limits = Limits { read_buffer: 1024, max_message: LIMIT };
     let mut ws = Websocket::new(pieces, rest.to_vec(), limits);
     let mut seen = Vec::new();
     loop {
-        let mut data = None;
-        let read = ws.read(|payload| {
-            data = Some(match payload.data() {
-                Data::Text(text) => Seen::Text(text.to_owned()),
-                Data::Binary(bytes) => Seen::Binary(bytes.to_vec()),
-            });
-        });
-        seen.push(match read {
-            Ok(Some(Incoming::Data)) => data.unwrap(),
-            Ok(Some(Incoming::Ping)) => Seen::Ping,
-            Ok(Some(Incoming::Pong(bytes))) => Seen::Pong(bytes.to_vec()),
-            Ok(Some(Incoming::Close { code, reason })) => Seen::Close(told(code, reason)),
-            Ok(None) => continue,
-            Err(error) => {
-                seen.push(Seen::Error(error.kind().clone()));
-                return seen;
-            }
-        });
+        let read = match most {
+            0 => read_one(&mut ws, &mut seen),
+            _ => read_run(&mut ws, most, &mut seen),
+        };
+        if let Err(error) = read {
+            seen.push(Seen::Error(error.kind().clone()));
+            return seen;
+        }
     }
+}
+
+fn read_run(
+    ws: &mut Websocket<Pieces<'_>>,
+    most: usize,
+    seen: &mut Vec<Seen>,
+) -> Result<(), Error> {
+    let mut block = BlockBuilder::new(0, 1, Clock::real().now());
+    let more = ws.read_run(most, &mut block, 1);
+    let (count, bytes) = (block.len(), block.bytes());
+    let messages: Vec<Message> = block.finish().collect();
+    assert!(count <= most && messages.len() == count);
+    assert_eq!(messages.iter().map(Message::len).sum::<usize>(), bytes);
+    seen.extend(messages.iter().map(|message| match message.text() {
+        Some(text) => Seen::Text(text.to_owned()),
+        None => Seen::Binary(message.as_bytes().to_vec()),
+    }));
+    // An empty block says that something else comes.
+    if more? && count == 0 { read_one(ws, seen) } else { Ok(()) }
+}
+
+fn read_one(ws: &mut Websocket<Pieces<'_>>, seen: &mut Vec<Seen>) -> Result<(), Error> {
+    let mut data = None;
+    let read = ws.read(|payload| {
+        data = Some(match payload.data() {
+            Data::Text(text) => Seen::Text(text.to_owned()),
+            Data::Binary(bytes) => Seen::Binary(bytes.to_vec()),
+        });
+    });
+    match read? {
+        Some(Incoming::Data) => seen.push(data.unwrap()),
+        Some(Incoming::Ping) => seen.push(Seen::Ping),
+        Some(Incoming::Pong(bytes)) => seen.push(Seen::Pong(bytes.to_vec())),
+        Some(Incoming::Close { code, reason }) => seen.push(Seen::Close(told(code, reason))),
+        None => {}
+    }
+    Ok(())
 }
 
 fn read_by_tungstenite(pieces: Pieces<'_>) -> Vec<Seen> {
