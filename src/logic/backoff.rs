@@ -427,6 +427,15 @@ mod tests {
         let error = Error::new(http(503, Some(Duration::MAX)), "test");
         let retry = Retry { attempt: 1, error: &error, uptime: Duration::ZERO };
         assert_eq!(retry_delay(&backoff, &retry, Duration::MAX, MOST), LONGEST);
+        assert_eq!(LONGEST, 24 * HOUR);
+    }
+
+    #[test]
+    fn strategies_without_a_function_have_no_panic_to_report() {
+        for backoff in [Backoff::default(), Backoff::linear(secs(2), 10)] {
+            let kept = backoff.clone().reporting(|panic| panic!("{panic}"));
+            assert_eq!(format!("{kept:?}"), format!("{backoff:?}"));
+        }
     }
 
     #[test]

@@ -251,6 +251,13 @@ mod tests {
     }
 
     #[test]
+    fn a_batch_that_is_not_open_cannot_be_closed() {
+        let mut batches = Batches::<char, u32>::new(policy(3, 9));
+        assert!(batches.close(&'a', Trigger::Flush).is_none());
+        assert!(batches.close_oldest(Trigger::Drain).is_none());
+    }
+
+    #[test]
     fn a_batch_leaves_with_the_item_that_fills_it() {
         let now = some_instant();
         let mut batches = Batches::new(policy(3, 9));

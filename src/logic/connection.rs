@@ -47,7 +47,6 @@ pub(crate) fn next(state: State, input: Input) -> Result<State, Illegal> {
         (Connecting | Opening | Connected, Input::Unrecoverable) => Ok(Failed),
         (Failed, Input::Restart) => Ok(Disconnected),
         (Closed | Closing, _) if input != Input::Closed => Err(Illegal { state, input }),
-        (Closed, _) => Err(Illegal { state, input }),
         (Closing, Input::Closed) => Ok(Closed),
         (_, Input::Close) => Ok(Closing),
         _ => Err(Illegal { state, input }),
@@ -282,7 +281,34 @@ mod tests {
         let (mut machine, mut now) = (Machine::new(policy()), Clock::real().now());
         let delays: Vec<_> = (0..5).map(|_| epoch(&mut machine, &mut now, Some(9))).collect();
         assert_eq!(delays, [Some(1), Some(2), Some(4), Some(8), None]);
-        assert_eq!(machine.state(), State::Failed);
+        assert_eq!((machine.state(), machine.failures()), (State::Failed, 5));
+    }
+
+    #[test]
+    fn giving_up_says_after_how_many_attempts_and_why() {
+        for (limit, words) in [(1, "after the first failed attempt"), (2, "after 2 failed")] {
+            let policy = RetryPolicy { max_attempts: Some(limit), ..policy() };
+            let (mut machine, now) = (Machine::new(policy), Clock::real().now());
+            let last = (0..limit).map(|_| {
+                machine.step(Input::Start).unwrap();
+                machine.lost(now, &reset(), Recovery::Recoverable, 0.5).unwrap().fate
+            });
+            let Some(Fate::GiveUp(error)) = last.last() else { panic!("it goes on") };
+            assert_eq!(error.kind(), &ErrorKind::Attempts);
+            assert!(error.chain().contains(words) && error.chain().contains("reset"), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_illegal_step_is_refused_and_changes_nothing() {
+        let (mut machine, now) = (Machine::new(policy()), Clock::real().now());
+        let state = State::Disconnected;
+        let refused = |input| Err(Illegal { state, input });
+        assert_eq!(machine.step(Input::Opened), refused(Input::Opened));
+        assert_eq!(machine.ready(now), refused(Input::Ready));
+        let lost = machine.lost(now, &reset(), Recovery::Recoverable, 0.5);
+        assert_eq!(lost.unwrap_err(), Illegal { state, input: Input::Lost });
+        assert_eq!(machine.state(), state);
     }
 
     #[test]

@@ -826,9 +826,73 @@ mod tests {
             assert_eq!(error.kind(), &ErrorKind::Setting("dedup"));
             assert!(error.to_string().contains(word), "{error}");
         }
+        let error = check(LARGEST + 1, None).unwrap_err();
+        assert!(error.to_string().contains("at most") && check(LARGEST, None).is_ok(), "{error}");
         let mut least = Dedup::new(0, Some(Duration::MAX));
         let now = some_instant();
         assert!(least.accept(1, now) && !least.accept(1, now), "unchecked, still safe");
+    }
+
+    #[test]
+    fn touching_changes_nothing() {
+        let now = some_instant();
+        let mut window = Dedup::new(100, None);
+        window.touch([1, 2].into_iter());
+        for id in 0..100 {
+            window.touch([spread(id), spread(id + 1)].into_iter());
+            assert!(window.accept(spread(id), now));
+        }
+        window.touch((0..200).map(spread));
+        assert!((0..100).all(|id| !window.accept(spread(id), now)));
+        assert_eq!(window.state(spread(100), now), None);
+    }
+
+    #[test]
+    fn a_line_counts_what_it_spilled_until_that_is_too_much() {
+        let key = Key { low: 7, high: 9 };
+        let mut line = Line { highs: [key.high; WAYS], ..Line::default() };
+        line.unspill();
+        assert!(!line.has_spilled());
+        for count in 1..=MANY_SPILLED {
+            line.spill();
+            assert_eq!(line.spilled(), count);
+        }
+        line.spill();
+        line.unspill();
+        assert_eq!(line.spilled(), MANY_SPILLED, "nobody knows how many are left");
+        line.set_spilled(2);
+        line.unspill();
+        assert!(line.spilled() == 1 && line.has_spilled());
+        line.unspill();
+        assert!(line.spilled() == 0 && !line.has_spilled());
+        assert!((0..WAYS).all(|way| line.key(way).high == key.high), "beside the ids");
+    }
+
+    #[test]
+    fn ids_of_one_line_are_kept_apart_and_leave_the_spill() {
+        let now = some_instant();
+        // All of one line, however many lines there are.
+        let same = |n: u128| n + 1;
+        let mut window = Dedup::new(40, None);
+        for round in 0..3 {
+            for n in round * 100..round * 100 + 40 {
+                assert!(window.accept(same(n), now), "{n}");
+                assert!(!window.accept(same(n), now), "{n}");
+            }
+            let held = round * 100..round * 100 + 40;
+            assert!(held.clone().all(|n| !window.accept(same(n), now)));
+            for n in held.step_by(2) {
+                window.done(same(n));
+                assert_eq!(window.state(same(n), now), Some(Processing::Done), "{n}");
+                assert!(window.forget(same(n)) && !window.forget(same(n)), "{n}");
+                assert!(window.accept(same(n), now), "{n}");
+            }
+        }
+        assert!(window.spill.len() <= 40 && !window.spill.is_empty());
+        for id in 0..1000 {
+            window.accept(spread(id), now);
+        }
+        assert!(window.spill.len() < 20 && window.spill.keys().all(|key| key.high != 0));
     }
 
     /// The same promises kept in the plainest way: the last `capacity`

@@ -62,6 +62,18 @@ mod tests {
     }
 
     #[test]
+    fn ids_lie_as_far_apart_under_every_kind() {
+        let a = identity(1);
+        let apart = |kind| a.of(kind, b"x").to_u128() ^ a.of(kind, b"y").to_u128();
+        assert_eq!(apart(0), apart(b's'));
+    }
+
+    #[test]
+    fn the_key_is_not_shown() {
+        assert_eq!(format!("{:?}", identity(1)), "Identity");
+    }
+
+    #[test]
     fn neither_half_repeats_over_many_ids() {
         let a = identity(1);
         let ids: Vec<u128> = (0..50_000_u32).map(|n| a.of(0, &n.to_le_bytes()).to_u128()).collect();

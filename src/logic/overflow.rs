@@ -184,11 +184,13 @@ mod tests {
     fn each_policy_gives_way_in_its_own_manner() {
         use Decision::{Disconnect, DropOldest, Hold, Push, Split};
         let table = [
-            // Too many messages, too many bytes, both; then a block larger than
-            // the queue, beside others and alone.
+            // Too many messages, too many bytes, both; then a block as large as
+            // the queue, and one that is larger, beside others and alone.
             ((8, 10), (5, 5), Hold, DropOldest { messages: 3, bytes: 0 }, 2),
             ((2, 90), (1, 30), Hold, DropOldest { messages: 0, bytes: 20 }, 0),
             ((10, 100), (1, 1), Hold, DropOldest { messages: 1, bytes: 1 }, 0),
+            ((3, 30), (10, 10), Hold, DropOldest { messages: 3, bytes: 0 }, 7),
+            ((5, 50), (1, 100), Hold, DropOldest { messages: 0, bytes: 50 }, 0),
             ((3, 30), (11, 11), Hold, DropOldest { messages: 3, bytes: 30 }, 7),
             ((3, 0), (1, 101), Hold, DropOldest { messages: 3, bytes: 0 }, 0),
             ((0, 0), (11, 11), Push, Push, 10),

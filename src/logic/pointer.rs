@@ -439,7 +439,16 @@ mod tests {
 
     #[test]
     fn a_key_with_a_bad_escape_is_no_key() {
-        for key in [r"\x", r"\u", r"\u12", r"\u00zz", r"\uD83D", r"\uD83Dx", r"\uD83D\u0041"] {
+        for key in [
+            r"\x",
+            r"\u",
+            r"\u12",
+            r"\u00zz",
+            r"\uD83D",
+            r"\uD83Dx",
+            r"\uD83D\u0041",
+            r"\uD83D\u12",
+        ] {
             let text = format!(r#"{{"{key}":0,"a":1}}"#);
             assert_eq!(find("/a", &text), Some((TokenKind::Number, "1")), "{key}");
             assert_eq!(unescaped(key.as_bytes()), None, "{key}");

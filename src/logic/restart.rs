@@ -162,6 +162,23 @@ mod tests {
     }
 
     #[test]
+    fn a_restart_beyond_all_time_is_none() {
+        let mut last = some_instant();
+        for bit in (0..64).rev() {
+            last = last.checked_add(Duration::from_secs(1 << bit)).unwrap_or(last);
+        }
+        let mut restarts = Restarts::new(Intensity { restarts: 9, within: ms(1) });
+        let delays: Vec<_> = std::iter::from_fn(|| restarts.on_end(last, AT_ONCE)).collect();
+        assert!(delays.len() < 3, "{delays:?} do not add up to more than a second");
+    }
+
+    #[test]
+    fn what_is_allowed_is_told() {
+        let restarts = Restarts::new(Intensity { restarts: 2, within: ms(1500) });
+        assert_eq!(restarts.intensity().to_string(), "2 times in 1.5s");
+    }
+
+    #[test]
     fn a_restart_counts_to_the_last_instant_of_its_time() {
         let intensity = Intensity { restarts: 1, within: ms(5000) };
         let start = some_instant();
