@@ -2,7 +2,7 @@
 //! runs with it and ends in time with its books in order.
 
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Input;
 use crate::error::{Error, ErrorKind};
@@ -16,8 +16,16 @@ use crate::{
 pub(super) const WORDS: &[&[u8]] = &[b"ws://127.0.0.1:1/", b"wss://", b"/id", b"~", b"a: b", b"\0"];
 
 /// How long a close or stop may take; on a busy machine, much longer than asked.
-const DEADLINE: Duration = Duration::from_secs(2);
+const DEADLINE: Duration = Duration::from_secs(3);
 const SLACK: Duration = Duration::from_secs(20);
+
+/// What ended before the deadline has left no thread; at the deadline, one may
+/// only have had no turn.
+fn ended_in_time(begun: Instant, stuck: &[String]) {
+    let took = Clock::real().now() - begun;
+    assert!(took < DEADLINE + SLACK, "{took:?}");
+    assert!(took > DEADLINE - DEADLINE / 4 || stuck.is_empty(), "{stuck:?} after {took:?}");
+}
 
 /// Each setting is a byte for which one it is, and bytes for its value.
 pub(super) fn client(input: &[u8]) {
@@ -36,8 +44,7 @@ pub(super) fn client(input: &[u8]) {
     let _ = client.recv_timeout(Duration::from_millis(3));
     let begun = Clock::real().now();
     let report = client.close(DEADLINE);
-    assert!(Clock::real().now() - begun < DEADLINE + SLACK);
-    assert_eq!(report.stuck, [""; 0]);
+    ended_in_time(begun, &report.stuck);
     assert!(report.metrics.ledger.balanced(), "{}", report.metrics.ledger);
     for event in events.try_iter() {
         // Also that of a thread which supervision has started again.
@@ -109,8 +116,7 @@ pub(super) fn pipeline(input: &[u8]) {
     };
     let begun = Clock::real().now();
     let report = pipeline.stop(DEADLINE);
-    assert!(Clock::real().now() - begun < DEADLINE + SLACK);
-    assert_eq!(report.stuck, [""; 0]);
+    ended_in_time(begun, &report.stuck);
     assert!(report.ledger.balanced(), "{}", report.ledger);
     assert_eq!(report.returned.len() as u64, report.ledger.returned);
     // What the handler fails for is no reason for the pipeline to fail.
