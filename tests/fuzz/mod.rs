@@ -5,6 +5,8 @@
 //! a second; README.md, beside this file, says how to run them longer, guided by
 //! coverage, and what to do with a find.
 
+#![cfg_attr(fuzzing, allow(dead_code, reason = "words are for the fuzzer of this folder"))]
+
 #[cfg(not(fuzzing))]
 mod mutate;
 
