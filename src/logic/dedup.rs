@@ -834,6 +834,17 @@ mod tests {
     }
 
     #[test]
+    fn a_round_of_sweeps_leaves_what_counts_and_nothing_else() {
+        let now = some_instant();
+        let mut window = Dedup::new(100, None);
+        (0..1000).for_each(|id| assert!(window.accept(spread(id), now)));
+        let horizon = window.horizon(now);
+        (0..window.lines.len()).for_each(|_| window.sweep(horizon));
+        assert_eq!(window.len(), 100);
+        assert!((900..1000).all(|id| !window.accept(spread(id), now)));
+    }
+
+    #[test]
     fn touching_changes_nothing() {
         let now = some_instant();
         let mut window = Dedup::new(100, None);
