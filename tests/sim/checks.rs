@@ -78,6 +78,8 @@ pub(crate) struct Conn {
     restarts: VecDeque<u64>,
     ends: VecDeque<u64>,
     pub(crate) connected_at: Option<u64>,
+    /// When its last socket was upgraded.
+    upgraded: u64,
 }
 
 fn nanos(time: Duration) -> u64 {
@@ -182,6 +184,7 @@ fn transition(k: &mut Kernel, at: u64, index: usize, from: State, to: State) {
             conn.due = None;
             conn.attempt = at;
         }
+        State::Opening => k.ck.conns[index].upgraded = at,
         State::Connected => {
             k.ck.reconnects += 1;
             let conn = &mut k.ck.conns[index];
@@ -411,16 +414,14 @@ fn watch(k: &mut Kernel, sock: usize, setup: &Setup) {
         k.broken("stall-found", || format!("conn {index}, sock {sock} takes nothing"));
     }
     let it = &k.net.socks[sock];
+    let conn = &k.ck.conns[index];
+    // Data are waited for from the upgrade on, which may take its time.
+    let data = it.last_data.max(conn.upgraded).max(conn.unblocked);
     if let Some(idle) = setup.idle
-        && k.now
-            > it.last_data.max(it.opened_at).max(conn_unblocked(k, index)) + nanos(idle) + SLACK
+        && k.now > data + nanos(idle) + SLACK
     {
         k.broken("idle-found", || format!("conn {index}, sock {sock} shows no data"));
     }
-}
-
-fn conn_unblocked(k: &Kernel, index: usize) -> u64 {
-    k.ck.conns[index].unblocked
 }
 
 /// A message that the consumer has taken.
