@@ -174,7 +174,8 @@ fn conn_of(addr: SocketAddr) -> usize {
 
 fn plan(k: &mut Kernel, secure: bool) -> Plan {
     if k.sv.healed {
-        return Plan::Upgrade;
+        // A slow look-up may end in a healed world, but was asked for TLS before.
+        return if secure { Plan::Fin } else { Plan::Upgrade };
     }
     let rates = k.sv.rates.clone();
     let plan = if k.chance(rates.refuse) {
