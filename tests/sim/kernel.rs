@@ -1,7 +1,8 @@
 //! Virtual time, chance, and the coroutines that play threads.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, VecDeque};
+use std::cmp::Ordering;
+use std::collections::{BinaryHeap, VecDeque};
 use std::time::{Duration, Instant};
 
 use generator::{Generator, Gn};
@@ -21,9 +22,37 @@ pub(crate) enum Wait {
     /// The end of another.
     Join(usize),
     Until(Box<dyn Fn() -> bool>),
-    /// An instant, or something else before.
-    Deadline(Option<Instant>, Box<dyn Fn() -> bool>),
+    /// A time, or something else before.
+    Deadline(Option<u64>, Box<dyn Fn() -> bool>),
 }
+
+/// An event, when it happens, and its place among those of the same time.
+struct Planned {
+    at: u64,
+    order: u64,
+    ev: Ev,
+}
+
+impl Ord for Planned {
+    /// The earliest is the greatest, which a heap gives first.
+    fn cmp(&self, other: &Self) -> Ordering {
+        (other.at, other.order).cmp(&(self.at, self.order))
+    }
+}
+
+impl PartialOrd for Planned {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Planned {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Planned {}
 
 /// What happens at an instant of virtual time.
 #[derive(Debug, Clone)]
@@ -60,7 +89,7 @@ pub(crate) struct Kernel {
     pub(crate) base: Instant,
     pub(crate) now: u64,
     seed: u64,
-    agenda: BTreeMap<(u64, u64), Ev>,
+    agenda: BinaryHeap<Planned>,
     order: u64,
     waits: Vec<Option<Wait>>,
     new: Vec<Task>,
@@ -102,7 +131,7 @@ impl Kernel {
             base: Instant::now() + Duration::from_secs(3600),
             now: 0,
             seed: seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xD1B5_4A32_D192_ED03,
-            agenda: BTreeMap::new(),
+            agenda: BinaryHeap::new(),
             order: 0,
             waits: Vec::new(),
             new: Vec::new(),
@@ -156,7 +185,7 @@ impl Kernel {
 
     pub(crate) fn at(&mut self, at: u64, ev: Ev) {
         self.order += 1;
-        self.agenda.insert((at.max(self.now), self.order), ev);
+        self.agenda.push(Planned { at: at.max(self.now), order: self.order, ev });
     }
 
     pub(crate) fn soon(&mut self, wait: u64, ev: Ev) {
@@ -187,6 +216,7 @@ impl Kernel {
         self.base + Duration::from_nanos(self.now)
     }
 
+    /// The time of an instant, which may lie beyond all that is reckoned with.
     pub(crate) fn nanos(&self, at: Instant) -> u64 {
         at.saturating_duration_since(self.base).as_nanos() as u64
     }
@@ -258,7 +288,7 @@ pub(crate) fn pause(wait: Wait) {
 
 /// Blocks the calling coroutine, as user code may.
 pub(crate) fn sleep(time: Duration) {
-    let until = with(|k| k.instant() + time);
+    let until = with(|k| k.now + time.as_nanos() as u64);
     pause(Wait::Deadline(Some(until), Box::new(|| false)));
 }
 
@@ -272,34 +302,62 @@ pub(crate) fn alive() -> Vec<String> {
     })
 }
 
+/// Whether a coroutine can run, as far as that is known without its condition.
+enum Can {
+    Known(bool),
+    /// The wait, taken out while its condition is asked, which may want the kernel.
+    Ask(Wait),
+}
+
 fn can_run(task: usize) -> bool {
-    let now = instant();
-    // The wait is taken out while its condition is asked, which may want the kernel.
-    let Some(wait) = with(|k| k.waits[task].take()) else { return false };
+    let can = with(|k| {
+        let done = |k: &Kernel, other: usize| k.waits[other].is_none();
+        match &k.waits[task] {
+            None => Can::Known(false),
+            Some(Wait::Yield) => Can::Known(true),
+            Some(Wait::Poll(poller)) => Can::Known(k.net.is_ready(*poller)),
+            Some(Wait::Join(other)) => Can::Known(*other != task && done(k, *other)),
+            Some(Wait::Deadline(Some(at), _)) if *at <= k.now => Can::Known(true),
+            Some(Wait::Until(_) | Wait::Deadline(..)) => match k.waits[task].take() {
+                Some(wait) => Can::Ask(wait),
+                None => Can::Known(false),
+            },
+        }
+    });
+    let wait = match can {
+        Can::Known(can) => return can,
+        Can::Ask(wait) => wait,
+    };
     let can = match &wait {
-        Wait::Yield => true,
-        Wait::Poll(poller) => with(|k| k.net.is_ready(*poller)),
-        Wait::Join(other) => *other != task && is_done(*other),
-        Wait::Until(condition) => condition(),
-        Wait::Deadline(at, condition) => at.is_some_and(|at| at <= now) || condition(),
+        Wait::Until(condition) | Wait::Deadline(_, condition) => condition(),
+        _ => false,
     };
     with(|k| k.waits[task] = Some(wait));
     can
 }
 
+/// Takes in what was started since the last turn; how many are alive now.
+fn admit() -> usize {
+    let new = with(|k| std::mem::take(&mut k.new));
+    if !new.is_empty() {
+        let count = TASKS.with(|tasks| {
+            let mut tasks = tasks.borrow_mut();
+            tasks.extend(new.into_iter().map(Some));
+            tasks.len()
+        });
+        with(|k| {
+            k.alive.extend(k.known..count);
+            k.known = count;
+        });
+    }
+    with(|k| k.alive.len())
+}
+
 /// Runs one coroutine that can run; `false` if none can.
 pub(crate) fn run_one() -> bool {
-    let new = with(|k| std::mem::take(&mut k.new));
-    let count = TASKS.with(|tasks| {
-        let mut tasks = tasks.borrow_mut();
-        tasks.extend(new.into_iter().map(Some));
-        tasks.len()
-    });
-    with(|k| k.alive.extend(k.known..count));
-    with(|k| k.known = count);
     let mut runnable = [0; 32];
     let mut found = 0;
-    for at in 0..with(|k| k.alive.len()) {
+    for at in 0..admit() {
         let task = with(|k| k.alive[at]);
         if found < runnable.len() && can_run(task) {
             runnable[found] = task;
@@ -336,26 +394,28 @@ pub(crate) fn run_one() -> bool {
 /// The next event, if it is due now.
 pub(crate) fn due() -> Option<Ev> {
     with(|k| {
-        let (at, _) = k.agenda.first_key_value()?.0;
-        if *at > k.now { None } else { k.agenda.pop_first().map(|(_, ev)| ev) }
+        if k.agenda.peek()?.at > k.now {
+            return None;
+        }
+        k.agenda.pop().map(|planned| planned.ev)
     })
 }
 
 /// The next event, whatever the coroutines wait for.
 pub(crate) fn next_event() -> Option<Ev> {
     with(|k| {
-        let ((at, _), ev) = k.agenda.pop_first()?;
-        k.now = k.now.max(at);
-        Some(ev)
+        let planned = k.agenda.pop()?;
+        k.now = k.now.max(planned.at);
+        Some(planned.ev)
     })
 }
 
 /// Moves the time on to the next event or deadline; `false` when there is none.
 pub(crate) fn advance() -> bool {
     with(|k| {
-        let event = k.agenda.first_key_value().map(|((at, _), _)| *at);
+        let event = k.agenda.peek().map(|planned| planned.at);
         let deadline = k.alive.iter().filter_map(|task| match &k.waits[*task] {
-            Some(Wait::Deadline(at, _)) => at.map(|at| k.nanos(at)),
+            Some(Wait::Deadline(at, _)) => *at,
             _ => None,
         });
         let Some(next) = deadline.chain(event).min() else { return false };

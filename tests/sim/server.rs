@@ -355,11 +355,10 @@ fn frames(k: &mut Kernel, sock: usize) {
         }
         match opcode {
             1 | 2 => {
-                let text = String::from_utf8_lossy(&payload).into_owned();
-                if let Some(number) = number_after(&text, "out ") {
+                if let Some(number) = number_after(&payload, "out ") {
                     k.note(|| format!("server of conn {conn} got out {number} in epoch {epoch}"));
                     crate::checks::out_arrived(k, conn, number, Some(epoch));
-                } else if let Some(at) = number_after(&text, "resume ") {
+                } else if let Some(at) = number_after(&payload, "resume ") {
                     resume(k, sock, at);
                 }
             }
@@ -388,9 +387,10 @@ fn frames(k: &mut Kernel, sock: usize) {
     }
 }
 
-fn number_after(text: &str, word: &str) -> Option<u64> {
-    let rest = text.strip_prefix(word)?;
-    rest.split(' ').next()?.parse().ok()
+fn number_after(payload: &[u8], word: &str) -> Option<u64> {
+    let rest = payload.strip_prefix(word.as_bytes())?;
+    let digits = rest.split(|byte| *byte == b' ').next()?;
+    std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
 fn resume(k: &mut Kernel, sock: usize, at: u64) {
@@ -647,7 +647,7 @@ fn lose(k: &mut Kernel, sock: usize, bytes: &[u8]) {
     let mut at = 0;
     while let Some((_, payload, len)) = parse(&all[at..]) {
         at += len;
-        if let Some(n) = number_after(&String::from_utf8_lossy(&payload), "out ") {
+        if let Some(n) = number_after(&payload, "out ") {
             lost.push(n);
         }
     }
@@ -689,7 +689,7 @@ fn parse(bytes: &[u8]) -> Option<(u8, Vec<u8>, usize)> {
         len => (len as usize, 2),
     };
     let mask = bytes.get(at..at + 4)?;
-    let payload = bytes.get(at + 4..at + 4 + len)?;
-    let payload = payload.iter().zip(mask.iter().cycle()).map(|(b, m)| b ^ m).collect();
+    let mut payload = bytes.get(at + 4..at + 4 + len)?.to_vec();
+    payload.iter_mut().enumerate().for_each(|(at, byte)| *byte ^= mask[at & 3]);
     Some((first & 0x0F, payload, at + 4 + len))
 }

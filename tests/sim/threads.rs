@@ -165,7 +165,8 @@ pub(crate) mod timer {
                         let state = state.lock().unwrap();
                         state.stopped || state.of.iter().flatten().min().copied() != next
                     };
-                    kernel::pause(Wait::Deadline(next, Box::new(changed)));
+                    let at = next.map(|at| kernel::with(|k| k.nanos(at)));
+                    kernel::pause(Wait::Deadline(at, Box::new(changed)));
                 }
                 for owner in due {
                     if !(planted(Bug::LostAlarm) && kernel::chance(0.02)) {
