@@ -2,12 +2,13 @@
 
 use std::cell::RefCell;
 use std::cmp::Ordering;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BTreeSet, BinaryHeap, VecDeque};
 use std::time::{Duration, Instant};
 
 use generator::{Generator, Gn};
 
 use crate::event::Event;
+use crate::faults::{Call, Strike};
 use crate::simnet::Net;
 
 /// Words of a coroutine's stack.
@@ -64,6 +65,10 @@ pub(crate) enum Ev {
     ToClient(usize, Arrival),
     /// The server hears that the client is gone.
     ClientGone(usize),
+    /// A socket that refused a call without a reason has one for the next.
+    Ready(usize),
+    /// The server lets its open socket of a connection go.
+    Cut(usize),
     Mishap(usize),
     Pump(usize),
     Feed(usize),
@@ -109,6 +114,17 @@ pub(crate) struct Kernel {
     pub(crate) steps: u64,
     /// Chance that a fallible call of the system fails.
     pub(crate) failing: f64,
+    /// The one call that fails.
+    pub(crate) strike: Option<Strike>,
+    /// When it failed last.
+    pub(crate) struck_at: u64,
+    /// Fallible calls so far and, if they are to be known, which.
+    pub(crate) called: usize,
+    pub(crate) calls: Option<Vec<Call>>,
+    /// Names of threads that user code never gives back.
+    pub(crate) hung: BTreeSet<String>,
+    /// Of all coroutines.
+    names: Vec<String>,
 }
 
 struct Task {
@@ -149,6 +165,12 @@ impl Kernel {
             faults: 0,
             steps: 0,
             failing: 0.0,
+            strike: None,
+            struck_at: 0,
+            called: 0,
+            calls: None,
+            hung: BTreeSet::new(),
+            names: Vec::new(),
         }
     }
 
@@ -212,6 +234,16 @@ impl Kernel {
         }
     }
 
+    /// The name of the coroutine that runs.
+    pub(crate) fn current_name(&self) -> String {
+        self.names.get(self.current).cloned().unwrap_or_default()
+    }
+
+    /// Whether the thread of this connection is stuck in user code.
+    pub(crate) fn is_hung(&self, conn: usize) -> bool {
+        !self.hung.is_empty() && self.hung.contains(&format!("broadsock-conn-{conn}"))
+    }
+
     pub(crate) fn instant(&self) -> Instant {
         self.base + Duration::from_nanos(self.now)
     }
@@ -247,19 +279,6 @@ pub(crate) fn chance(p: f64) -> bool {
     with(|k| k.chance(p))
 }
 
-/// Whether a fallible call of the system fails this time.
-pub(crate) fn fails(what: &'static str) -> bool {
-    with(|k| {
-        let p = k.failing;
-        let fails = p > 0.0 && k.chance(p);
-        if fails {
-            k.faults += 1;
-            k.note(|| format!("{what} fails"));
-        }
-        fails
-    })
-}
-
 /// What `rand::random` is in this program.
 pub(crate) fn random() -> f64 {
     with(Kernel::unit)
@@ -270,6 +289,7 @@ pub(crate) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> usize {
     with(|k| {
         let id = k.waits.len();
         k.waits.push(Some(Wait::Yield));
+        k.names.push(name.to_owned());
         k.new.push(Task { name: name.to_owned(), body });
         k.note(|| format!("task {id} {name} starts"));
         id

@@ -38,11 +38,15 @@ mod threads;
 mod work;
 
 mod checks;
+mod faults;
 mod kernel;
 mod pipeline;
 mod planted;
+mod scene;
 mod server;
 mod simnet;
+mod torture;
+mod user;
 mod world;
 
 pub(crate) use kernel::random;
