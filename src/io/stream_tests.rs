@@ -9,6 +9,8 @@ use std::rc::Rc;
 use super::{Incoming, Limits, Sent, Websocket};
 use crate::error::{Error, ErrorKind};
 use crate::handler::{Data, Outgoing};
+use crate::io::clock::Clock;
+use crate::message::BlockBuilder;
 
 const LIMITS: Limits = Limits { read_buffer: 256, max_message: 100_000 };
 
@@ -161,9 +163,20 @@ enum Seen {
     Close(u16),
 }
 
-/// Reads as long as there is something.
-fn read_all(ws: &mut Websocket<End>, seen: &mut Vec<Seen>) -> Result<(), Error> {
+/// How a connection reads: one by one, or in runs of so many messages where there
+/// are any.
+const WAYS: [usize; 3] = [0, 1, 100];
+
+/// Reads as long as there is something, in runs of `most` if that is not 0.
+fn read_all(ws: &mut Websocket<End>, most: usize, seen: &mut Vec<Seen>) -> Result<(), Error> {
     loop {
+        if most > 0 {
+            match read_run(ws, most, seen)? {
+                Some(true) => {}
+                Some(false) => return Ok(()),
+                None => continue,
+            }
+        }
         let mut data = None;
         let read = ws.read(|payload| {
             data = Some(match payload.data() {
@@ -179,6 +192,20 @@ fn read_all(ws: &mut Websocket<End>, seen: &mut Vec<Seen>) -> Result<(), Error> 
             Some(Incoming::Close { code, .. }) => Seen::Close(code),
         });
     }
+}
+
+/// Whether it is `read`'s turn; `None` when a run was read.
+fn read_run(
+    ws: &mut Websocket<End>,
+    most: usize,
+    seen: &mut Vec<Seen>,
+) -> Result<Option<bool>, Error> {
+    let mut block = BlockBuilder::new(0, 1, Clock::real().now());
+    let more = ws.read_run(most, &mut block, 1);
+    let count = seen.len();
+    seen.extend(block.finish().map(|message| Seen::Data(message.as_bytes().to_vec())));
+    assert!(seen.len() - count <= most);
+    Ok(Some(more?).filter(|_| seen.len() == count))
 }
 
 /// A server's half of a talk: texts short, long and in fragments, pings in
@@ -240,11 +267,12 @@ fn sent(message: &Outgoing) -> (u8, Vec<u8>) {
 #[test]
 fn one_byte_at_a_time_says_the_same_as_all_at_once() {
     let (bytes, expected) = talk();
-    for usual in [Call::Some(1), Call::Some(2), Call::Some(usize::MAX)] {
+    let sizes = [Call::Some(1), Call::Some(2), Call::Some(usize::MAX)];
+    for (usual, most) in sizes.iter().flat_map(|size| WAYS.map(|most| (*size, most))) {
         let (mut ws, wire) = open(&bytes);
         wire.borrow_mut().usual = (usual, usual);
         let mut seen = Vec::new();
-        read_all(&mut ws, &mut seen).unwrap();
+        read_all(&mut ws, most, &mut seen).unwrap();
         assert!(ws.flush().unwrap());
         assert_eq!(seen, expected, "{usual:?}");
         assert_eq!(wire.borrow().frames(), (pongs(), 0), "{usual:?}");
@@ -254,13 +282,13 @@ fn one_byte_at_a_time_says_the_same_as_all_at_once() {
 #[test]
 fn a_stall_at_any_byte_loses_and_repeats_nothing() {
     let (bytes, expected) = talk();
-    for at in 0..=bytes.len() {
+    for (at, most) in (0..=bytes.len()).flat_map(|at| WAYS.map(|most| (at, most))) {
         let (mut ws, wire) = open(&bytes);
         wire.borrow_mut().reads = [vec![Call::Some(1); at], vec![Call::Stall; 3]].concat().into();
         let mut seen = Vec::new();
         // Three stalls are three times that nothing is there.
         for _ in 0..4 {
-            read_all(&mut ws, &mut seen).unwrap();
+            read_all(&mut ws, most, &mut seen).unwrap();
         }
         assert_eq!(seen, expected, "stalled at byte {at}");
         assert!(ws.flush().unwrap());
@@ -277,7 +305,8 @@ fn a_reset_or_an_end_at_any_byte_is_told_after_all_that_came_whole() {
         Some(io::ErrorKind::TimedOut),
         None,
     ];
-    for (at, end) in (0..=bytes.len()).flat_map(|at| ends.map(|end| (at, end))) {
+    let all = (0..=bytes.len()).flat_map(|at| ends.map(|end| (at, end)));
+    for ((at, end), most) in all.flat_map(|one| WAYS.map(|most| (one, most))) {
         let (mut ws, wire) = open(&bytes[..at]);
         wire.borrow_mut().reads = vec![Call::Some(1); at].into();
         wire.borrow_mut().ends = true;
@@ -285,13 +314,13 @@ fn a_reset_or_an_end_at_any_byte_is_told_after_all_that_came_whole() {
             wire.borrow_mut().reads.push_back(Call::Fail(kind));
         }
         let mut seen = Vec::new();
-        let error = read_all(&mut ws, &mut seen).unwrap_err();
+        let error = read_all(&mut ws, most, &mut seen).unwrap_err();
         let kind = end.unwrap_or(io::ErrorKind::UnexpectedEof);
         assert_eq!(error.kind(), &ErrorKind::Io(kind), "at byte {at}");
         assert_eq!(seen, whole(&expected, &bytes[..at]), "at byte {at}");
         // A second look says no more than that it is over.
         let count = seen.len();
-        let _ = read_all(&mut ws, &mut seen);
+        let _ = read_all(&mut ws, most, &mut seen);
         assert_eq!(seen.len(), count, "at byte {at}");
     }
 }
@@ -417,7 +446,7 @@ fn talk_both_ways(reads: Vec<Call>, writes: Vec<Call>) -> Rc<RefCell<Wire>> {
     wire.borrow_mut().writes = writes.into();
     let (mut seen, mut next) = (Vec::new(), 0);
     for _ in 0..SPINS {
-        read_all(&mut ws, &mut seen).unwrap();
+        read_all(&mut ws, 100, &mut seen).unwrap();
         if let Some(message) = outbox.get(next) {
             next += usize::from(ws.send(message).unwrap() == Sent::Queued);
         } else if ws.flush().unwrap() && seen.len() == expected.len() {
@@ -454,7 +483,7 @@ fn a_pong_half_written_is_no_message_half_written() {
         if at == 0 {
             wire.borrow_mut().writes.pop_front();
         }
-        read_all(&mut ws, &mut Vec::new()).unwrap();
+        read_all(&mut ws, 0, &mut Vec::new()).unwrap();
         send_all(&mut ws, &outbox).unwrap();
         ws.flush().unwrap();
         let left: Vec<_> = ws.take_unfinished().iter().map(sent).collect();
@@ -468,12 +497,12 @@ fn a_pong_half_written_is_no_message_half_written() {
 #[test]
 fn the_servers_close_is_answered_once_however_the_writes_stall() {
     let bytes = [frame(0x81, b"last"), frame(0x88, &[3, 232, b'x'])].concat();
-    for at in 0..12 {
+    for (at, most) in (0..12).flat_map(|at| WAYS.map(|most| (at, most))) {
         let (mut ws, wire) = open(&bytes);
         wire.borrow_mut().reads = vec![Call::Some(1); 20].into();
         wire.borrow_mut().writes = [vec![Call::Some(1); at], vec![Call::Stall; 2]].concat().into();
         let mut seen = Vec::new();
-        let _ = read_all(&mut ws, &mut seen);
+        let _ = read_all(&mut ws, most, &mut seen);
         for _ in 0..5 {
             let _ = ws.flush();
         }
@@ -505,7 +534,7 @@ fn a_close_goes_out_whole_behind_what_was_queued_at_every_stall() {
         assert_eq!(frames[..outbox.len()], expected, "stalled at byte {at}");
         assert_eq!(frames[outbox.len()..], [(8, vec![3, 232])], "stalled at byte {at}");
         let mut seen = Vec::new();
-        let _ = read_all(&mut ws, &mut seen);
+        let _ = read_all(&mut ws, 100, &mut seen);
         assert_eq!(seen, [Seen::Close(1000)], "stalled at byte {at}");
     }
 }
@@ -516,7 +545,7 @@ fn nothing_is_queued_behind_a_close_frame() {
     ws.close(1000, "").unwrap();
     assert!(ws.send(&Outgoing::from("late")).is_err());
     assert!(ws.take_unfinished().is_empty());
-    let _ = read_all(&mut ws, &mut Vec::new());
+    let _ = read_all(&mut ws, 0, &mut Vec::new());
     let _ = ws.flush();
     let (frames, part) = wire.borrow().frames();
     assert_eq!((frames.len(), part), (1, 0));
