@@ -420,7 +420,7 @@ impl World {
         let (ledger, dropped) = self.shared.queue.ledger();
         let taken = with(|k| k.ck.taken);
         let read: u64 = self.shared.connections.iter().map(|c| c.metrics.messages.get()).sum();
-        let limit = self.setup.queue + self.setup.connections * self.setup.block * (MAX_HELD + 1);
+        let limit = self.most_in_flight();
         with(|k| {
             if !ledger.balanced() {
                 k.broken("ledger-balanced", || ledger.to_string());
@@ -436,6 +436,15 @@ impl World {
                 k.broken("queue-bounded", || format!("{limit} at most, {ledger}"));
             }
         });
+    }
+
+    /// What may wait for the consumer. Only who blocks holds blocks beside the queue.
+    fn most_in_flight(&self) -> usize {
+        let Setup { queue, connections, block, overflow, .. } = self.setup;
+        match overflow {
+            Overflow::Block => queue + connections * block * (MAX_HELD + 1),
+            _ => queue.max(block),
+        }
     }
 
     fn consume(&mut self) {
