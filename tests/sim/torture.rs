@@ -228,7 +228,7 @@ fn scene(setup: Setup) -> Scene {
         stall: 0.0,
         consume_healed: 500 * MS,
         end: 30 * SECOND,
-        settles: Duration::from_secs(110),
+        settles: Duration::from_secs(60),
         closes: None,
         cut: Some(12 * SECOND),
     }

@@ -94,7 +94,7 @@ pub(crate) fn resolver(host: &str, port: u16) -> std::io::Result<Vec<SocketAddr>
         None => {}
         Some(Fault::Panic) => panic!("{}", faults::PLANNED),
         Some(Fault::Error(kind)) => return Err(faults::planned(kind)),
-        Some(Fault::Stall) => kernel::sleep(Duration::from_secs(60)),
+        Some(Fault::Stall) => kernel::sleep(Duration::from_secs(20)),
         Some(_) => return Ok(Vec::new()),
     }
     if fails {
