@@ -595,7 +595,7 @@ impl Dedup {
     ///
     /// A time that is shorter than messages wait for their outcome bounds the
     /// promise, too: a copy may be accepted while the first still waits, and a
-    /// failure of the first makes the window forget both.
+    /// failure or a drop of the first makes the window forget both.
     #[must_use]
     pub fn expire_after(mut self, time: Duration) -> Self {
         self.expire_after = Some(time);

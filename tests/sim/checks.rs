@@ -534,19 +534,28 @@ pub(crate) fn taken(k: &mut Kernel, taken: &Taken) {
         });
     }
     // Where messages are shed, or held by several connections, it is not known
-    // how many were accepted behind it.
+    // how many were accepted behind it. What is shed after its time takes the
+    // record of a later copy with it.
     let exact = k.ck.setup.overflow == Overflow::Block && k.ck.conns.len() == 1;
     if let Some(capacity) = k.ck.setup.dedup.filter(|capacity| exact || *capacity > 100_000)
         && let Some(earlier) = k.ck.delivered.get(&id).filter(|earlier| !earlier.failed)
         && accepted - earlier.before <= capacity
+        && (k.ck.setup.ttl.is_none() || k.ck.setup.overflow == Overflow::Block)
         && lives(k.ck.setup.ttl, received.abs_diff(earlier.received))
     {
         k.broken("nothing-twice", || format!("message {id} of conn {index} again"));
     }
     let at_least = accepted.saturating_sub(in_flight);
-    // A copy that was accepted after the first had outlived its time is forgotten
-    // with it, when the first fails behind it.
-    let late = k.ck.setup.ttl.and(k.ck.delivered.get(&id)).and_then(|earlier| earlier.failed_at);
+    // Where the first may outlive its place in the window, a copy that was
+    // accepted since is forgotten with it, when the first fails behind it.
+    let narrow = k.ck.setup.ttl.is_some() || k.ck.setup.dedup.is_some_and(|c| c <= 100_000);
+    let late = k.ck.delivered.get(&id).and_then(|earlier| earlier.failed_at);
+    let slack = nanos(Duration::from_secs(5));
+    let beside = late.is_some_and(|at| received + slack < at);
+    if beside && !narrow && k.ck.setup.dedup.is_some() {
+        k.broken("nothing-twice", || format!("message {id} again while it was in flight"));
+    }
+    let late = late.filter(|_| narrow);
     let failed = late.is_some_and(|at| received < at);
     let failed_at = late.filter(|_| failed);
     k.ck.delivered.insert(id, Delivered { before: at_least, failed, failed_at, received });

@@ -89,7 +89,8 @@ pub(crate) fn main() -> i32 {
         return i32::from(!is_found(bug, minutes));
     }
     for (seed, name) in REGRESSIONS {
-        if one(*seed, minutes, None, false).is_err() {
+        if let Err((check, how)) = one(*seed, minutes, None, false) {
+            println!("seed {seed} breaks {check}: {how}");
             println!("test result: FAILED. 0 passed; 1 failed: {name}");
             return 1;
         }
