@@ -592,6 +592,10 @@ impl Dedup {
 
     /// After which time an id is forgotten. Defaults to never: only the
     /// capacity bounds the window, so no outage is too long for it.
+    ///
+    /// A time that is shorter than messages wait for their outcome bounds the
+    /// promise, too: a copy may be accepted while the first still waits, and a
+    /// failure or a drop of the first makes the window forget both.
     #[must_use]
     pub fn expire_after(mut self, time: Duration) -> Self {
         self.expire_after = Some(time);

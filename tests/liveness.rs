@@ -295,6 +295,17 @@ mod a_peer_that_does_not_read {
         Server::script([script]).receive_buffer(4096).start().unwrap()
     }
 
+    /// Nothing but the answers to its own pings waits for it.
+    #[test]
+    fn but_pings_is_cut_after_the_write_timeout() {
+        let server = deaf();
+        let settings = builder(&server).write_timeout(ms(500)).max_message_size(4096);
+        // Its pings are signs of life, so nothing else can find it out.
+        let client = start(settings.ping_interval(LONG).pong_timeout(LONG));
+        assert_eq!(next_loss(&client.events()), ErrorKind::WriteStalled);
+        close(&client);
+    }
+
     #[test]
     fn but_pings_does_not_block_the_reader() {
         let server = deaf();

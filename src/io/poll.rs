@@ -10,6 +10,9 @@ use mio::{Events, Interest, Poll, Token};
 
 const WAKER: Token = Token(0);
 
+/// How often a wake-up that fails is tried.
+const WAKE_TRIES: usize = 3;
+
 /// Waits for sockets and for its [`Waker`]. One thread owns it.
 ///
 /// Readiness is edge-triggered: a socket reports once that it can be read or
@@ -101,11 +104,19 @@ impl Poller {
 impl Waker {
     /// Wakes the poller's thread if it sleeps or is about to.
     pub(crate) fn wake(&self) {
-        if self.shared.sleeping.swap(false, Ordering::SeqCst) {
-            // A full event queue is impossible for an eventfd counter of one;
-            // on other systems an error means the poller is gone.
-            let _ = self.shared.waker.wake();
+        let sleeps = self.shared.sleeping.swap(false, Ordering::SeqCst);
+        if sleeps && !self.shared.rouse() {
+            // The thread may sleep on: the next wake-up must not take it for awake.
+            self.shared.sleeping.store(true, Ordering::SeqCst);
         }
+    }
+}
+
+impl WakerShared {
+    /// Whether the thread was woken. What it was to hear of is posted already,
+    /// and nobody may post again: a call that fails is made again.
+    fn rouse(&self) -> bool {
+        (0..WAKE_TRIES).any(|_| self.waker.wake().is_ok())
     }
 }
 

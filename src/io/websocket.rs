@@ -401,6 +401,10 @@ fn not_utf8(error: std::str::Utf8Error) -> Error {
 }
 
 #[cfg(test)]
+#[path = "stream_tests.rs"]
+mod stream_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;

@@ -25,7 +25,8 @@ pub(crate) struct Setup {
     pub(crate) close: Duration,
     pub(crate) base: Duration,
     pub(crate) max: Duration,
-    /// 0: none, 1: equal, 2: full.
+    pub(crate) strategy: Strategy,
+    /// Of the exponential strategy; 0: none, 1: equal, 2: full.
     pub(crate) jitter: u8,
     pub(crate) stable: Duration,
     pub(crate) retry_after_max: Duration,
@@ -38,8 +39,34 @@ pub(crate) struct Setup {
     pub(crate) overflow: Overflow,
     /// Capacity of the window.
     pub(crate) dedup: Option<u64>,
+    pub(crate) ttl: Option<Duration>,
+    pub(crate) openings: u64,
+    /// Whether a classifier changes the class of two errors.
+    pub(crate) classifier: bool,
     pub(crate) lossless: bool,
     pub(crate) sessions: bool,
+}
+
+/// How long a connection waits before it tries again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Strategy {
+    #[default]
+    Exponential,
+    Linear,
+    Constant,
+    Custom,
+}
+
+/// A message that was delivered.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Delivered {
+    /// How many were accepted before it, at least.
+    before: u64,
+    pub(crate) failed: bool,
+    /// When it failed.
+    failed_at: Option<u64>,
+    /// When it was received.
+    received: u64,
 }
 
 #[derive(Default)]
@@ -47,9 +74,7 @@ pub(crate) struct Checks {
     pub(crate) setup: Setup,
     pub(crate) conns: Vec<Conn>,
     pub(crate) taken: u64,
-    /// What was delivered: how many were accepted before it at least, and whether
-    /// it failed since.
-    pub(crate) delivered: HashMap<u64, (u64, bool)>,
+    pub(crate) delivered: HashMap<u64, Delivered>,
     pub(crate) closing: Option<u64>,
     pub(crate) failed: Option<(u64, Error)>,
     pub(crate) ended: bool,
@@ -57,6 +82,8 @@ pub(crate) struct Checks {
     pub(crate) transitions: u64,
     pub(crate) reconnects: u64,
     pub(crate) outs: u64,
+    /// What was told of losses, failures and panics, if it is to be known.
+    pub(crate) causes: Option<Vec<String>>,
 }
 
 #[derive(Default)]
@@ -78,6 +105,8 @@ pub(crate) struct Conn {
     restarts: VecDeque<u64>,
     ends: VecDeque<u64>,
     pub(crate) connected_at: Option<u64>,
+    /// When its last socket was upgraded.
+    upgraded: u64,
 }
 
 fn nanos(time: Duration) -> u64 {
@@ -98,6 +127,9 @@ impl Conn {
 pub(crate) fn on_event(k: &mut Kernel, at: u64, event: &Event) {
     let index = event.connection;
     k.note(|| format!("{event}"));
+    if let Some(causes) = &mut k.ck.causes {
+        causes.extend(cause(&event.kind));
+    }
     match &event.kind {
         EventKind::State { from, to, .. } => transition(k, at, index, *from, *to),
         EventKind::AttemptFailed { retry_in, error, attempt } => {
@@ -122,7 +154,8 @@ pub(crate) fn on_event(k: &mut Kernel, at: u64, event: &Event) {
         EventKind::Restarting { delay, .. } => restarting(k, at, index, *delay),
         EventKind::Failed { error, .. } => failed(k, at, index, error),
         EventKind::Stuck { threads } => {
-            let threads = threads.iter().filter(|name| !name.contains("dns")).count();
+            let stuck = |name: &&String| !name.contains("dns") && !k.hung.contains(*name);
+            let threads = threads.iter().filter(stuck).count();
             // A hook that sleeps can hold its thread past a short deadline.
             let hooks = k.sv.sessions && k.sv.rates.session > 0.0;
             if threads > 0 && !hooks {
@@ -130,6 +163,17 @@ pub(crate) fn on_event(k: &mut Kernel, at: u64, event: &Event) {
             }
         }
         _ => {}
+    }
+}
+
+/// The cause that an event of something bad tells.
+fn cause(kind: &EventKind) -> Option<String> {
+    match kind {
+        EventKind::AttemptFailed { error, .. }
+        | EventKind::Lost { error, .. }
+        | EventKind::Restarting { error, .. }
+        | EventKind::Failed { error, .. } => Some(error.chain()),
+        _ => None,
     }
 }
 
@@ -151,7 +195,8 @@ fn legal(from: State, to: State, ending: bool) -> bool {
 
 fn transition(k: &mut Kernel, at: u64, index: usize, from: State, to: State) {
     // A client that cannot start all its threads ends before it has begun.
-    let unstarted = k.failing > 0.0 && k.now < 1_000_000;
+    let fails = k.failing > 0.0 || k.strike.is_some();
+    let unstarted = fails && k.now < 1_000_000;
     let ending = k.ck.closing.is_some() || k.ck.failed.is_some() || unstarted;
     let setup = k.ck.setup.clone();
     k.ck.transitions += 1;
@@ -162,7 +207,8 @@ fn transition(k: &mut Kernel, at: u64, index: usize, from: State, to: State) {
         k.broken("legal-transitions", || format!("conn {index}: {from} -> {to}, was {known}"));
     }
     let limit = nanos(setup.connect) + SLACK;
-    if matches!(from, State::Connecting | State::Opening) && at > attempt + limit {
+    let tried = matches!(from, State::Connecting | State::Opening) && !k.is_hung(index);
+    if tried && at > attempt + limit {
         k.broken("connect-deadline", || {
             format!(
                 "conn {index}: {from} -> {to} {} ms after the attempt",
@@ -182,6 +228,7 @@ fn transition(k: &mut Kernel, at: u64, index: usize, from: State, to: State) {
             conn.due = None;
             conn.attempt = at;
         }
+        State::Opening => k.ck.conns[index].upgraded = at,
         State::Connected => {
             k.ck.reconnects += 1;
             let conn = &mut k.ck.conns[index];
@@ -210,8 +257,10 @@ fn one_socket(k: &mut Kernel, index: usize) {
 }
 
 /// Whether another attempt can cure it: the table of DESIGN, section 4.
-fn curable(kind: &ErrorKind) -> bool {
+fn curable(kind: &ErrorKind, classifier: bool) -> bool {
     match kind {
+        ErrorKind::Http { status: 401, .. } if classifier => true,
+        ErrorKind::Closed { code: 4321 } if classifier => false,
         ErrorKind::Http { status, .. } => matches!(status, 408 | 425 | 429 | 500..),
         ErrorKind::Closed { code } => {
             matches!(code, 1000 | 1001 | 1005 | 1006 | 1011..=1014 | 3000..=4999)
@@ -250,7 +299,7 @@ fn loss(
     let (failures, ever) = (conn.failures, conn.ever);
     let limit = if ever { setup.reconnects } else { setup.attempts };
     let used_up = limit.is_some_and(|limit| failures >= limit);
-    let curable = curable(error.kind());
+    let curable = curable(error.kind(), setup.classifier);
     let Some(delay) = retry_in else {
         if curable && !used_up {
             k.broken("recoverable-is-retried", || format!("conn {index}: {}", error.chain()));
@@ -278,16 +327,46 @@ fn loss(
     k.ck.conns[index].due = Some((at + nanos(delay), at + nanos(delay)));
 }
 
-fn bounds(setup: &Setup, tries: u32, kind: &ErrorKind) -> (Duration, Duration) {
-    let mut whole = setup.base;
+/// Steps of a linear back-off.
+pub(crate) const FACTOR: u32 = 6;
+
+/// A user's back-off: `None` where it panics.
+pub(crate) fn custom_delay(base: Duration, tries: u32) -> Option<Duration> {
+    (tries % 7 != 0).then(|| base * (1 + tries % 4))
+}
+
+fn doubled(base: Duration, max: Duration, tries: u32) -> Duration {
+    let mut whole = base;
     for _ in 1..tries.min(40) {
-        whole = (whole * 2).min(setup.max);
+        whole = (whole * 2).min(max);
     }
-    let whole = whole.min(setup.max);
-    let (low, high) = match setup.jitter {
+    whole.min(max)
+}
+
+fn spread(whole: Duration, jitter: u8) -> (Duration, Duration) {
+    match jitter {
         0 => (whole, whole),
         1 => (whole / 2, whole),
         _ => (Duration::ZERO, whole),
+    }
+}
+
+fn bounds(setup: &Setup, tries: u32, kind: &ErrorKind) -> (Duration, Duration) {
+    let (low, high) = match setup.strategy {
+        Strategy::Exponential => spread(doubled(setup.base, setup.max, tries), setup.jitter),
+        Strategy::Linear => {
+            let whole = setup.base * tries.min(FACTOR);
+            (whole, whole.mul_f64(1.2) + Duration::from_nanos(1))
+        }
+        Strategy::Constant => (setup.base, setup.base),
+        Strategy::Custom => match custom_delay(setup.base, tries) {
+            Some(delay) => (delay, delay),
+            // The default takes the place of a function that panics.
+            None => {
+                let secs = Duration::from_secs(30);
+                spread(doubled(Duration::from_millis(500), secs, tries), 1)
+            }
+        },
     };
     let secs = Duration::from_secs;
     let (asked_low, asked_high) = match kind {
@@ -360,7 +439,7 @@ pub(crate) fn sweep(k: &mut Kernel) {
     }
     k.ck.swept = now;
     let setup = k.ck.setup.clone();
-    for index in 0..k.ck.conns.len() {
+    for index in (0..k.ck.conns.len()).filter(|index| !k.is_hung(*index)).collect::<Vec<_>>() {
         let conn = &k.ck.conns[index];
         let (state, attempt, due) = (conn.state(), conn.attempt, conn.due);
         let dialing = matches!(state, State::Connecting | State::Opening);
@@ -392,7 +471,8 @@ fn watch(k: &mut Kernel, sock: usize, setup: &Setup) {
     let it = &k.net.socks[sock];
     let Some(server) = k.sv.socks.get(&sock) else { return };
     let conn = &k.ck.conns[server.conn];
-    if it.life != Life::Open || conn.state() != State::Connected || conn.blocked {
+    let cannot = k.is_hung(server.conn) || conn.blocked;
+    if it.life != Life::Open || conn.state() != State::Connected || cannot {
         return;
     }
     let index = server.conn;
@@ -411,16 +491,14 @@ fn watch(k: &mut Kernel, sock: usize, setup: &Setup) {
         k.broken("stall-found", || format!("conn {index}, sock {sock} takes nothing"));
     }
     let it = &k.net.socks[sock];
+    let conn = &k.ck.conns[index];
+    // Data are waited for from the upgrade on, which may take its time.
+    let data = it.last_data.max(conn.upgraded).max(conn.unblocked);
     if let Some(idle) = setup.idle
-        && k.now
-            > it.last_data.max(it.opened_at).max(conn_unblocked(k, index)) + nanos(idle) + SLACK
+        && k.now > data + nanos(idle) + SLACK
     {
         k.broken("idle-found", || format!("conn {index}, sock {sock} shows no data"));
     }
-}
-
-fn conn_unblocked(k: &Kernel, index: usize) -> u64 {
-    k.ck.conns[index].unblocked
 }
 
 /// A message that the consumer has taken.
@@ -431,6 +509,7 @@ pub(crate) struct Taken {
     /// What its text says of itself.
     pub(crate) id: u64,
     pub(crate) of: u64,
+    pub(crate) received: u64,
     /// Messages accepted so far, and how many of them are in flight.
     pub(crate) accepted: u64,
     pub(crate) in_flight: u64,
@@ -438,8 +517,12 @@ pub(crate) struct Taken {
 
 /// The consumer has taken a message.
 pub(crate) fn taken(k: &mut Kernel, taken: &Taken) {
-    let &Taken { conn: index, epoch, sequence, id, of, accepted, in_flight } = taken;
+    let &Taken { conn: index, epoch, sequence, id, of, received, accepted, in_flight } = taken;
     k.ck.taken += 1;
+    k.note(|| {
+        let at = received as f64 / 1e9;
+        format!("message {id} of conn {index}, epoch {epoch}, is taken, received at {at:.6}")
+    });
     if (epoch, sequence) <= k.ck.conns[index].last_seq {
         let last = k.ck.conns[index].last_seq;
         k.broken("order-kept", || format!("conn {index}: {last:?} before ({epoch}, {sequence})"));
@@ -451,21 +534,46 @@ pub(crate) fn taken(k: &mut Kernel, taken: &Taken) {
         });
     }
     // Where messages are shed, or held by several connections, it is not known
-    // how many were accepted behind it.
+    // how many were accepted behind it. What is shed after its time takes the
+    // record of a later copy with it.
     let exact = k.ck.setup.overflow == Overflow::Block && k.ck.conns.len() == 1;
     if let Some(capacity) = k.ck.setup.dedup.filter(|capacity| exact || *capacity > 100_000)
-        && let Some((before, false)) = k.ck.delivered.get(&id).copied()
-        && accepted - before <= capacity
+        && let Some(earlier) = k.ck.delivered.get(&id).filter(|earlier| !earlier.failed)
+        && accepted - earlier.before <= capacity
+        && (k.ck.setup.ttl.is_none() || k.ck.setup.overflow == Overflow::Block)
+        && lives(k.ck.setup.ttl, received.abs_diff(earlier.received))
     {
         k.broken("nothing-twice", || format!("message {id} of conn {index} again"));
     }
     let at_least = accepted.saturating_sub(in_flight);
-    k.ck.delivered.insert(id, (at_least, false));
+    // Where the first may outlive its place in the window, a copy that was
+    // accepted since is forgotten with it, when the first fails behind it.
+    let narrow = k.ck.setup.ttl.is_some() || k.ck.setup.dedup.is_some_and(|c| c <= 100_000);
+    let late = k.ck.delivered.get(&id).and_then(|earlier| earlier.failed_at);
+    let slack = nanos(Duration::from_secs(5));
+    let beside = late.is_some_and(|at| received + slack < at);
+    if beside && !narrow && k.ck.setup.dedup.is_some() {
+        k.broken("nothing-twice", || format!("message {id} again while it was in flight"));
+    }
+    let late = late.filter(|_| narrow);
+    let failed = late.is_some_and(|at| received < at);
+    let failed_at = late.filter(|_| failed);
+    k.ck.delivered.insert(id, Delivered { before: at_least, failed, failed_at, received });
+}
+
+/// Whether an id is surely remembered after so long: a copy that a connection
+/// held for long may well come second, though it was the first. What a slow session adds to
+/// the time between receipt and acceptance is not.
+fn lives(ttl: Option<Duration>, age: u64) -> bool {
+    ttl.is_none_or(|ttl| age + nanos(Duration::from_secs(5)) < nanos(ttl))
 }
 
 pub(crate) fn failed_message(k: &mut Kernel, id: u64) {
+    k.note(|| format!("message {id} has failed"));
+    let now = k.now;
     if let Some(it) = k.ck.delivered.get_mut(&id) {
-        it.1 = true;
+        it.failed = true;
+        it.failed_at = Some(now);
     }
 }
 

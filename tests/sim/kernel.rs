@@ -1,12 +1,14 @@
 //! Virtual time, chance, and the coroutines that play threads.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, VecDeque};
+use std::cmp::Ordering;
+use std::collections::{BTreeSet, BinaryHeap, VecDeque};
 use std::time::{Duration, Instant};
 
 use generator::{Generator, Gn};
 
 use crate::event::Event;
+use crate::faults::{Call, Strike};
 use crate::simnet::Net;
 
 /// Words of a coroutine's stack.
@@ -21,9 +23,37 @@ pub(crate) enum Wait {
     /// The end of another.
     Join(usize),
     Until(Box<dyn Fn() -> bool>),
-    /// An instant, or something else before.
-    Deadline(Option<Instant>, Box<dyn Fn() -> bool>),
+    /// A time, or something else before.
+    Deadline(Option<u64>, Box<dyn Fn() -> bool>),
 }
+
+/// An event, when it happens, and its place among those of the same time.
+struct Planned {
+    at: u64,
+    order: u64,
+    ev: Ev,
+}
+
+impl Ord for Planned {
+    /// The earliest is the greatest, which a heap gives first.
+    fn cmp(&self, other: &Self) -> Ordering {
+        (other.at, other.order).cmp(&(self.at, self.order))
+    }
+}
+
+impl PartialOrd for Planned {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Planned {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Planned {}
 
 /// What happens at an instant of virtual time.
 #[derive(Debug, Clone)]
@@ -35,6 +65,10 @@ pub(crate) enum Ev {
     ToClient(usize, Arrival),
     /// The server hears that the client is gone.
     ClientGone(usize),
+    /// A socket that refused a call without a reason has one for the next.
+    Ready(usize),
+    /// The server lets its open socket of a connection go.
+    Cut(usize),
     Mishap(usize),
     Pump(usize),
     Feed(usize),
@@ -60,7 +94,7 @@ pub(crate) struct Kernel {
     pub(crate) base: Instant,
     pub(crate) now: u64,
     seed: u64,
-    agenda: BTreeMap<(u64, u64), Ev>,
+    agenda: BinaryHeap<Planned>,
     order: u64,
     waits: Vec<Option<Wait>>,
     new: Vec<Task>,
@@ -80,6 +114,17 @@ pub(crate) struct Kernel {
     pub(crate) steps: u64,
     /// Chance that a fallible call of the system fails.
     pub(crate) failing: f64,
+    /// The one call that fails.
+    pub(crate) strike: Option<Strike>,
+    /// When it failed last.
+    pub(crate) struck_at: u64,
+    /// Fallible calls so far and, if they are to be known, which.
+    pub(crate) called: usize,
+    pub(crate) calls: Option<Vec<Call>>,
+    /// Names of threads that user code never gives back.
+    pub(crate) hung: BTreeSet<String>,
+    /// Of all coroutines.
+    names: Vec<String>,
 }
 
 struct Task {
@@ -102,7 +147,7 @@ impl Kernel {
             base: Instant::now() + Duration::from_secs(3600),
             now: 0,
             seed: seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xD1B5_4A32_D192_ED03,
-            agenda: BTreeMap::new(),
+            agenda: BinaryHeap::new(),
             order: 0,
             waits: Vec::new(),
             new: Vec::new(),
@@ -120,6 +165,12 @@ impl Kernel {
             faults: 0,
             steps: 0,
             failing: 0.0,
+            strike: None,
+            struck_at: 0,
+            called: 0,
+            calls: None,
+            hung: BTreeSet::new(),
+            names: Vec::new(),
         }
     }
 
@@ -156,7 +207,7 @@ impl Kernel {
 
     pub(crate) fn at(&mut self, at: u64, ev: Ev) {
         self.order += 1;
-        self.agenda.insert((at.max(self.now), self.order), ev);
+        self.agenda.push(Planned { at: at.max(self.now), order: self.order, ev });
     }
 
     pub(crate) fn soon(&mut self, wait: u64, ev: Ev) {
@@ -183,10 +234,21 @@ impl Kernel {
         }
     }
 
+    /// The name of the coroutine that runs.
+    pub(crate) fn current_name(&self) -> String {
+        self.names.get(self.current).cloned().unwrap_or_default()
+    }
+
+    /// Whether the thread of this connection is stuck in user code.
+    pub(crate) fn is_hung(&self, conn: usize) -> bool {
+        !self.hung.is_empty() && self.hung.contains(&format!("broadsock-conn-{conn}"))
+    }
+
     pub(crate) fn instant(&self) -> Instant {
         self.base + Duration::from_nanos(self.now)
     }
 
+    /// The time of an instant, which may lie beyond all that is reckoned with.
     pub(crate) fn nanos(&self, at: Instant) -> u64 {
         at.saturating_duration_since(self.base).as_nanos() as u64
     }
@@ -217,19 +279,6 @@ pub(crate) fn chance(p: f64) -> bool {
     with(|k| k.chance(p))
 }
 
-/// Whether a fallible call of the system fails this time.
-pub(crate) fn fails(what: &'static str) -> bool {
-    with(|k| {
-        let p = k.failing;
-        let fails = p > 0.0 && k.chance(p);
-        if fails {
-            k.faults += 1;
-            k.note(|| format!("{what} fails"));
-        }
-        fails
-    })
-}
-
 /// What `rand::random` is in this program.
 pub(crate) fn random() -> f64 {
     with(Kernel::unit)
@@ -240,6 +289,7 @@ pub(crate) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> usize {
     with(|k| {
         let id = k.waits.len();
         k.waits.push(Some(Wait::Yield));
+        k.names.push(name.to_owned());
         k.new.push(Task { name: name.to_owned(), body });
         k.note(|| format!("task {id} {name} starts"));
         id
@@ -258,7 +308,7 @@ pub(crate) fn pause(wait: Wait) {
 
 /// Blocks the calling coroutine, as user code may.
 pub(crate) fn sleep(time: Duration) {
-    let until = with(|k| k.instant() + time);
+    let until = with(|k| k.now + time.as_nanos() as u64);
     pause(Wait::Deadline(Some(until), Box::new(|| false)));
 }
 
@@ -272,34 +322,62 @@ pub(crate) fn alive() -> Vec<String> {
     })
 }
 
+/// Whether a coroutine can run, as far as that is known without its condition.
+enum Can {
+    Known(bool),
+    /// The wait, taken out while its condition is asked, which may want the kernel.
+    Ask(Wait),
+}
+
 fn can_run(task: usize) -> bool {
-    let now = instant();
-    // The wait is taken out while its condition is asked, which may want the kernel.
-    let Some(wait) = with(|k| k.waits[task].take()) else { return false };
+    let can = with(|k| {
+        let done = |k: &Kernel, other: usize| k.waits[other].is_none();
+        match &k.waits[task] {
+            None => Can::Known(false),
+            Some(Wait::Yield) => Can::Known(true),
+            Some(Wait::Poll(poller)) => Can::Known(k.net.is_ready(*poller)),
+            Some(Wait::Join(other)) => Can::Known(*other != task && done(k, *other)),
+            Some(Wait::Deadline(Some(at), _)) if *at <= k.now => Can::Known(true),
+            Some(Wait::Until(_) | Wait::Deadline(..)) => match k.waits[task].take() {
+                Some(wait) => Can::Ask(wait),
+                None => Can::Known(false),
+            },
+        }
+    });
+    let wait = match can {
+        Can::Known(can) => return can,
+        Can::Ask(wait) => wait,
+    };
     let can = match &wait {
-        Wait::Yield => true,
-        Wait::Poll(poller) => with(|k| k.net.is_ready(*poller)),
-        Wait::Join(other) => *other != task && is_done(*other),
-        Wait::Until(condition) => condition(),
-        Wait::Deadline(at, condition) => at.is_some_and(|at| at <= now) || condition(),
+        Wait::Until(condition) | Wait::Deadline(_, condition) => condition(),
+        _ => false,
     };
     with(|k| k.waits[task] = Some(wait));
     can
 }
 
+/// Takes in what was started since the last turn; how many are alive now.
+fn admit() -> usize {
+    let new = with(|k| std::mem::take(&mut k.new));
+    if !new.is_empty() {
+        let count = TASKS.with(|tasks| {
+            let mut tasks = tasks.borrow_mut();
+            tasks.extend(new.into_iter().map(Some));
+            tasks.len()
+        });
+        with(|k| {
+            k.alive.extend(k.known..count);
+            k.known = count;
+        });
+    }
+    with(|k| k.alive.len())
+}
+
 /// Runs one coroutine that can run; `false` if none can.
 pub(crate) fn run_one() -> bool {
-    let new = with(|k| std::mem::take(&mut k.new));
-    let count = TASKS.with(|tasks| {
-        let mut tasks = tasks.borrow_mut();
-        tasks.extend(new.into_iter().map(Some));
-        tasks.len()
-    });
-    with(|k| k.alive.extend(k.known..count));
-    with(|k| k.known = count);
     let mut runnable = [0; 32];
     let mut found = 0;
-    for at in 0..with(|k| k.alive.len()) {
+    for at in 0..admit() {
         let task = with(|k| k.alive[at]);
         if found < runnable.len() && can_run(task) {
             runnable[found] = task;
@@ -336,26 +414,28 @@ pub(crate) fn run_one() -> bool {
 /// The next event, if it is due now.
 pub(crate) fn due() -> Option<Ev> {
     with(|k| {
-        let (at, _) = k.agenda.first_key_value()?.0;
-        if *at > k.now { None } else { k.agenda.pop_first().map(|(_, ev)| ev) }
+        if k.agenda.peek()?.at > k.now {
+            return None;
+        }
+        k.agenda.pop().map(|planned| planned.ev)
     })
 }
 
 /// The next event, whatever the coroutines wait for.
 pub(crate) fn next_event() -> Option<Ev> {
     with(|k| {
-        let ((at, _), ev) = k.agenda.pop_first()?;
-        k.now = k.now.max(at);
-        Some(ev)
+        let planned = k.agenda.pop()?;
+        k.now = k.now.max(planned.at);
+        Some(planned.ev)
     })
 }
 
 /// Moves the time on to the next event or deadline; `false` when there is none.
 pub(crate) fn advance() -> bool {
     with(|k| {
-        let event = k.agenda.first_key_value().map(|((at, _), _)| *at);
+        let event = k.agenda.peek().map(|planned| planned.at);
         let deadline = k.alive.iter().filter_map(|task| match &k.waits[*task] {
-            Some(Wait::Deadline(at, _)) => at.map(|at| k.nanos(at)),
+            Some(Wait::Deadline(at, _)) => *at,
             _ => None,
         });
         let Some(next) = deadline.chain(event).min() else { return false };

@@ -10,7 +10,8 @@
 //! time in an order that the seed chooses.
 //!
 //! `SIM_SEED=n` replays one seed with its events, `SIM_SEEDS=n` runs that many,
-//! `SIM_MINUTES=n` sets their length, `SIM_PLANTED=name` plants one bug.
+//! `SIM_MINUTES=n` sets their length, `SIM_PLANTED=name` plants one bug, and
+//! `SIM_FAULT=name` replays a run with a failing call.
 
 #![allow(dead_code, unused, unreachable_pub, missing_docs, missing_debug_implementations)]
 #![allow(clippy::all, clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
@@ -38,11 +39,15 @@ mod threads;
 mod work;
 
 mod checks;
+mod faults;
 mod kernel;
 mod pipeline;
 mod planted;
+mod scene;
 mod server;
 mod simnet;
+mod torture;
+mod user;
 mod world;
 
 pub(crate) use kernel::random;

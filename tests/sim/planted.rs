@@ -32,7 +32,12 @@ bugs! {
     // The pipeline.
     TimerOfAnOlderBatch, EmptyBatch, BatchTooLarge, MissedFlushOnStop, RateExceeded,
     SettledTwice, AcknowledgedBeforeOutcome, OvertakenInItsKey, RetriedForEver,
+    // Found where each call fails in its turn.
+    ReadErrorSwallowed, WakeErrorSwallowed,
 }
+
+/// Those that only a failed call brings out.
+pub(crate) const OF_FAILED_CALLS: &[Bug] = &[Bug::ReadErrorSwallowed, Bug::WakeErrorSwallowed];
 
 thread_local! {
     static PLANTED: Cell<Option<Bug>> = const { Cell::new(None) };

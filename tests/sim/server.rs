@@ -21,6 +21,9 @@ pub(crate) struct Rates {
     pub(crate) refuse: f64,
     pub(crate) black_hole: f64,
     pub(crate) bad_upgrade: f64,
+    pub(crate) redirect: f64,
+    /// Of a call of user code that never returns.
+    pub(crate) hang: f64,
     pub(crate) dns: f64,
     pub(crate) tls: f64,
     pub(crate) hook: f64,
@@ -52,6 +55,8 @@ pub(crate) struct Servers {
     pub(crate) socks: BTreeMap<usize, Server>,
     pub(crate) healed: bool,
     pub(crate) max_message: usize,
+    /// Messages that each socket has to begin with.
+    pub(crate) openings: u64,
     pub(crate) sent_frames: u64,
     pub(crate) close_frames: u64,
 }
@@ -78,6 +83,8 @@ enum Plan {
     Refuse,
     BlackHole,
     Upgrade,
+    /// To another address of the same server.
+    Redirect,
     Status(u16, Option<u64>),
     Garbage,
     Silent,
@@ -96,6 +103,8 @@ pub(crate) struct Server {
     inbox: Vec<u8>,
     cursor: u64,
     upgraded: bool,
+    /// Opening messages that came.
+    opened: u64,
     /// Whether it will look at the window again by itself.
     pub(crate) pumps: bool,
     /// Waits for the session to say where to go on.
@@ -117,11 +126,11 @@ impl Server {
 }
 
 /// A client connects.
-pub(crate) fn connect(addr: SocketAddr) -> usize {
+pub(crate) fn connect(addr: SocketAddr, black_hole: bool) -> usize {
     with(|k| {
         let sock = simnet::open(k, addr);
         let (conn, secure) = (conn_of(addr), addr.port() == 443);
-        let plan = plan(k, secure);
+        let plan = if black_hole { Plan::BlackHole } else { plan(k, secure) };
         let rates = &k.sv.rates;
         let (dribble, slow) = (rates.dribble, rates.slow);
         if dribble && k.chance(0.3) {
@@ -145,6 +154,7 @@ pub(crate) fn connect(addr: SocketAddr) -> usize {
                 inbox: Vec::new(),
                 cursor: 0,
                 upgraded: false,
+                opened: 0,
                 pumps: false,
                 waits: false,
                 stalled: None,
@@ -174,7 +184,8 @@ fn conn_of(addr: SocketAddr) -> usize {
 
 fn plan(k: &mut Kernel, secure: bool) -> Plan {
     if k.sv.healed {
-        return Plan::Upgrade;
+        // A slow look-up may end in a healed world, but was asked for TLS before.
+        return if secure { Plan::Fin } else { Plan::Upgrade };
     }
     let rates = k.sv.rates.clone();
     let plan = if k.chance(rates.refuse) {
@@ -183,6 +194,8 @@ fn plan(k: &mut Kernel, secure: bool) -> Plan {
         Plan::BlackHole
     } else if secure {
         k.pick(&[Plan::Garbage, Plan::Silent, Plan::Cut, Plan::Fin])
+    } else if rates.redirect > 0.0 && k.chance(rates.redirect) {
+        Plan::Redirect
     } else if k.chance(rates.bad_upgrade) {
         let seconds = k.pick(&[0, 1, 2, 17, 400, 100_000]);
         let after = k.chance(0.6).then_some(seconds);
@@ -282,6 +295,18 @@ fn answer(k: &mut Kernel, sock: usize, key: &str) {
             }
             over(k, sock);
         }
+        Plan::Redirect => {
+            let Server { conn, epoch, .. } = k.sv.socks[&sock];
+            let status = k.pick(&[301, 302, 303, 307, 308]);
+            let origin = k.pick(&["", "//10.0.{conn}.1:80", "http://10.0.{conn}.1:80"]);
+            let origin = origin.replace("{conn}", &conn.to_string());
+            let text = format!(
+                "HTTP/1.1 {status} Go\r\nLocation: {origin}/feed?e={epoch}\r\n\
+                 Content-Length: 0\r\n\r\n"
+            );
+            send_down(k, sock, Arrival::Bytes(text.into_bytes()));
+            over(k, sock);
+        }
         Plan::Status(status, after) => {
             k.sv.socks.get_mut(&sock).unwrap().asked = after;
             let after = after.map(|s| format!("Retry-After: {s}\r\n")).unwrap_or_default();
@@ -354,11 +379,11 @@ fn frames(k: &mut Kernel, sock: usize) {
         }
         match opcode {
             1 | 2 => {
-                let text = String::from_utf8_lossy(&payload).into_owned();
-                if let Some(number) = number_after(&text, "out ") {
+                opening(k, sock, &payload);
+                if let Some(number) = number_after(&payload, "out ") {
                     k.note(|| format!("server of conn {conn} got out {number} in epoch {epoch}"));
                     crate::checks::out_arrived(k, conn, number, Some(epoch));
-                } else if let Some(at) = number_after(&text, "resume ") {
+                } else if let Some(at) = number_after(&payload, "resume ") {
                     resume(k, sock, at);
                 }
             }
@@ -387,9 +412,28 @@ fn frames(k: &mut Kernel, sock: usize) {
     }
 }
 
-fn number_after(text: &str, word: &str) -> Option<u64> {
-    let rest = text.strip_prefix(word)?;
-    rest.split(' ').next()?.parse().ok()
+/// A socket begins with the opening messages, and shows none of them again.
+fn opening(k: &mut Kernel, sock: usize, payload: &[u8]) {
+    let (openings, server) = (k.sv.openings, &mut k.sv.socks.get_mut(&sock).unwrap());
+    let opened = server.opened;
+    match number_after(payload, "open ") {
+        Some(number) => {
+            server.opened += 1;
+            if number != opened {
+                k.broken("openings-once", || format!("sock {sock}: {number} after {opened}"));
+            }
+        }
+        None if opened != openings => {
+            k.broken("openings-first", || format!("sock {sock}: {opened} of {openings}"));
+        }
+        None => {}
+    }
+}
+
+fn number_after(payload: &[u8], word: &str) -> Option<u64> {
+    let rest = payload.strip_prefix(word.as_bytes())?;
+    let digits = rest.split(|byte| *byte == b' ').next()?;
+    std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
 fn resume(k: &mut Kernel, sock: usize, at: u64) {
@@ -530,7 +574,7 @@ pub(crate) fn mishap(k: &mut Kernel, sock: usize) {
     let now = k.now;
     k.faults += 1;
     mishap_later(k, sock);
-    let kind = if k.chance(fatal) { k.range(20, 25) } else { k.range(0, 16) };
+    let kind = if k.chance(fatal) { k.range(20, 25) } else { k.range(0, 18) };
     k.note(|| format!("sock {sock}: mishap {kind}"));
     match kind {
         0 | 1 => {
@@ -570,6 +614,9 @@ pub(crate) fn mishap(k: &mut Kernel, sock: usize) {
             let server = k.sv.socks.get_mut(&sock).unwrap();
             server.mute = Some(now);
         }
+        16 | 17 => {
+            cut_within(k, sock, if kind == 16 { Arrival::Reset } else { Arrival::Fin });
+        }
         20 => {
             let mut head = vec![0x82, 127];
             head.extend((big as u64 + 1).to_be_bytes());
@@ -583,6 +630,26 @@ pub(crate) fn mishap(k: &mut Kernel, sock: usize) {
             close(k, sock, code);
         }
     }
+}
+
+/// Ends the stream within the feed's next message.
+fn cut_within(k: &mut Kernel, sock: usize, end: Arrival) {
+    let Server { conn, epoch, waits, mute, .. } = k.sv.socks[&sock];
+    let next = k.sv.socks[&sock].cursor.min(k.sv.conns[conn].head);
+    if next > 0 && !waits && mute.is_none() {
+        let bytes = message(k, conn, epoch, next);
+        let some = k.range(1, bytes.len() as u64) as usize;
+        send_down(k, sock, Arrival::Bytes(bytes[..some].to_vec()));
+    }
+    send_down(k, sock, end);
+    over(k, sock);
+}
+
+/// The server lets go of whatever socket of this connection is open.
+pub(crate) fn cut(k: &mut Kernel, conn: usize) {
+    let open = k.sv.socks.iter().filter(|(_, server)| server.conn == conn && server.is_open());
+    let open: Vec<usize> = open.map(|(sock, _)| *sock).collect();
+    open.into_iter().for_each(|sock| close(k, sock, 1001));
 }
 
 fn close(k: &mut Kernel, sock: usize, code: u16) {
@@ -646,7 +713,7 @@ fn lose(k: &mut Kernel, sock: usize, bytes: &[u8]) {
     let mut at = 0;
     while let Some((_, payload, len)) = parse(&all[at..]) {
         at += len;
-        if let Some(n) = number_after(&String::from_utf8_lossy(&payload), "out ") {
+        if let Some(n) = number_after(&payload, "out ") {
             lost.push(n);
         }
     }
@@ -688,7 +755,7 @@ fn parse(bytes: &[u8]) -> Option<(u8, Vec<u8>, usize)> {
         len => (len as usize, 2),
     };
     let mask = bytes.get(at..at + 4)?;
-    let payload = bytes.get(at + 4..at + 4 + len)?;
-    let payload = payload.iter().zip(mask.iter().cycle()).map(|(b, m)| b ^ m).collect();
+    let mut payload = bytes.get(at + 4..at + 4 + len)?.to_vec();
+    payload.iter_mut().enumerate().for_each(|(at, byte)| *byte ^= mask[at & 3]);
     Some((first & 0x0F, payload, at + 4 + len))
 }

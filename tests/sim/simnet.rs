@@ -5,8 +5,15 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr};
 use std::time::Duration;
 
+use crate::faults::{self, Call, Fault, fault, planned as planned_error};
 use crate::kernel::{self, Arrival, Ev, Kernel, Wait, with};
 use crate::planted::{Bug, planted};
+
+/// Bytes after which a socket that takes a few at a time takes more: a large
+/// backlog would otherwise cost more calls than it shows.
+const CROWDED: usize = 8 * 1024;
+
+const SECOND: u64 = 1_000_000_000;
 
 /// Every poller and socket of a world.
 #[derive(Default)]
@@ -46,6 +53,8 @@ pub(crate) struct Sock {
     /// The most that one call takes.
     pub(crate) read_most: usize,
     pub(crate) write_most: usize,
+    /// Bytes taken so far.
+    taken: usize,
     edge: (bool, bool),
     pub(crate) delay: (u64, u64),
     last_up: u64,
@@ -130,6 +139,13 @@ pub(crate) fn drained(k: &mut Kernel, sock: usize, count: usize) {
     }
 }
 
+/// A socket that refused a call reports what it can do.
+pub(crate) fn ready(k: &mut Kernel, sock: usize) {
+    if k.net.socks[sock].life != Life::Released {
+        k.net.edge(sock, true, true);
+    }
+}
+
 /// Sends to the client, in order.
 pub(crate) fn send_down(k: &mut Kernel, sock: usize, arrival: Arrival) {
     let (low, high) = k.net.socks[sock].delay;
@@ -151,13 +167,15 @@ pub(crate) mod net {
 
     impl TcpStream {
         pub(crate) fn connect(addr: SocketAddr) -> io::Result<Self> {
-            if kernel::fails("connect") {
-                return Err(io::ErrorKind::AddrNotAvailable.into());
+            let fault = fault(Call::Connect);
+            if let Some(Fault::Error(kind)) = fault {
+                return Err(planned_error(kind));
             }
-            Ok(Self(crate::server::connect(addr)))
+            Ok(Self(crate::server::connect(addr, fault == Some(Fault::Stall))))
         }
 
         pub(crate) fn take_error(&self) -> io::Result<Option<io::Error>> {
+            faults::error(Call::TakeError)?;
             Ok(with(|k| match k.net.socks[self.0].life {
                 Life::Refused => Some(io::ErrorKind::ConnectionRefused.into()),
                 _ => None,
@@ -172,10 +190,7 @@ pub(crate) mod net {
         }
 
         pub(crate) fn set_nodelay(&self, _: bool) -> io::Result<()> {
-            if kernel::fails("set_nodelay") {
-                return Err(io::ErrorKind::InvalidInput.into());
-            }
-            Ok(())
+            faults::error(Call::SetNodelay)
         }
 
         pub(crate) fn shutdown(&self, _: Shutdown) -> io::Result<()> {
@@ -192,16 +207,18 @@ pub(crate) mod net {
 
     impl Read for TcpStream {
         fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+            let fault = fault(Call::Read);
+            if planted(Bug::ReadErrorSwallowed) && matches!(fault, Some(Fault::Error(_))) {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
             with(|k| {
+                let most = suffer(k, self.0, fault)?;
                 let now = k.now;
-                if k.chance(0.002) {
-                    return Err(io::ErrorKind::Interrupted.into());
-                }
                 let it = &mut k.net.socks[self.0];
                 if it.reset {
                     return Err(io::ErrorKind::ConnectionReset.into());
                 }
-                let count = buf.len().min(it.rx.len()).min(it.read_most);
+                let count = buf.len().min(it.rx.len()).min(it.read_most).min(most);
                 if count == 0 {
                     return if it.fin { Ok(0) } else { Err(io::ErrorKind::WouldBlock.into()) };
                 }
@@ -217,16 +234,22 @@ pub(crate) mod net {
 
     impl Write for TcpStream {
         fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+            let fault = fault(Call::Write);
+            if fault == Some(Fault::End) {
+                return Ok(0);
+            }
             with(|k| {
-                if k.chance(0.002) {
-                    return Err(io::ErrorKind::Interrupted.into());
+                if fault == Some(Fault::Stall) {
+                    k.net.socks[self.0].tx_space = 0;
+                    k.net.socks[self.0].tx_full_since.get_or_insert(k.now);
                 }
+                let most = suffer(k, self.0, fault)?;
                 let now = k.now;
                 let it = &mut k.net.socks[self.0];
                 if it.reset {
                     return Err(io::ErrorKind::ConnectionReset.into());
                 }
-                let count = buf.len().min(it.tx_space).min(it.write_most);
+                let count = buf.len().min(it.tx_space).min(it.write_most).min(most);
                 if count == 0 {
                     it.wants_to_write = true;
                     it.tx_full_since.get_or_insert(now);
@@ -234,6 +257,10 @@ pub(crate) mod net {
                     return Err(io::ErrorKind::WouldBlock.into());
                 }
                 it.tx_space -= count;
+                it.taken += count;
+                if it.taken > CROWDED {
+                    it.write_most = it.write_most.max(200);
+                }
                 let left = it.tx_space;
                 it.last_up = (now + it.delay.0).max(it.last_up + 1);
                 let at = it.last_up;
@@ -246,6 +273,35 @@ pub(crate) mod net {
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
         }
+    }
+
+    /// Does to a socket what a read or write suffers; the most it may take then.
+    fn suffer(k: &mut Kernel, sock: usize, fault: Option<Fault>) -> io::Result<usize> {
+        if k.chance(0.002) {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        let now = k.now;
+        match fault {
+            None => return Ok(usize::MAX),
+            Some(Fault::Short) => return Ok(1),
+            Some(Fault::Error(kind)) => return Err(planned_error(kind)),
+            Some(Fault::Later) => {
+                k.soon(SECOND, Ev::Ready(sock));
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            Some(Fault::End | Fault::Panic) => {
+                let it = &mut k.net.socks[sock];
+                it.down -= it.rx.len();
+                it.rx.clear();
+                it.fin = true;
+            }
+            Some(Fault::Stall) => {
+                let it = &mut k.net.socks[sock];
+                it.frozen.get_or_insert(now);
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+        }
+        Ok(usize::MAX)
     }
 
     fn release(sock: usize) {
@@ -280,6 +336,7 @@ pub(crate) fn open(k: &mut Kernel, addr: SocketAddr) -> usize {
         wants_to_write: false,
         read_most: usize::MAX,
         write_most: usize::MAX,
+        taken: 0,
         edge: (false, false),
         delay: (50_000, 2_000_000),
         last_up: 0,
@@ -349,9 +406,7 @@ pub(crate) struct Event {
 
 impl Poll {
     pub(crate) fn new() -> io::Result<Self> {
-        if kernel::fails("epoll_create") {
-            return Err(io::Error::other("too many open files"));
-        }
+        faults::error(Call::NewPoller)?;
         Ok(with(|k| {
             k.net.pollers.push(PollerState::default());
             Self { registry: Registry(k.net.pollers.len() - 1) }
@@ -366,6 +421,7 @@ impl Poll {
         let poller = self.registry.0;
         kernel::pause(if wait.is_some() { Wait::Yield } else { Wait::Poll(poller) });
         events.0.clear();
+        faults::error(Call::Poll)?;
         with(|k| {
             if k.chance(0.002) {
                 return Err(io::ErrorKind::Interrupted.into());
@@ -394,9 +450,7 @@ impl Registry {
         token: Token,
         _: Interest,
     ) -> io::Result<()> {
-        if kernel::fails("epoll_ctl") {
-            return Err(io::ErrorKind::OutOfMemory.into());
-        }
+        faults::error(Call::Register)?;
         with(|k| {
             let sock = source.sock();
             k.net.socks[sock].poller = Some((self.0, token.0));
@@ -419,13 +473,14 @@ impl Registry {
 
 impl Waker {
     pub(crate) fn new(registry: &Registry, _: Token) -> io::Result<Self> {
-        if kernel::fails("eventfd") {
-            return Err(io::Error::other("too many open files"));
-        }
+        faults::error(Call::NewWaker)?;
         Ok(Self(registry.0))
     }
 
     pub(crate) fn wake(&self) -> io::Result<()> {
+        if let Err(error) = faults::error(Call::Wake) {
+            return if planted(Bug::WakeErrorSwallowed) { Ok(()) } else { Err(error) };
+        }
         with(|k| {
             if !(planted(Bug::LostWakeUp) && k.chance(0.3)) {
                 k.net.pollers[self.0].woken = true;

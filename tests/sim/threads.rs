@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex};
 use crossbeam_channel::{Receiver, RecvError, Sender, TryRecvError};
 
 use crate::error::{Error, ErrorKind};
+use crate::faults::{self, Call};
 use crate::kernel::{self, Wait};
 use crate::planted::{Bug, planted};
 use monitor::Notice;
@@ -60,8 +61,8 @@ impl Spawner {
         child: usize,
         body: impl FnOnce() -> T + Send + 'static,
     ) -> Result<JoinHandle<T>, Error> {
-        if kernel::fails("spawn") {
-            return Err(Error::new(ErrorKind::Spawn, format!("thread {name}: no resources")));
+        if let Err(error) = faults::error(Call::Spawn) {
+            return Err(Error::caused(ErrorKind::Spawn, format!("thread {name}"), error));
         }
         let result = Arc::new(Mutex::new(None));
         let (out, monitor) = (result.clone(), self.monitor.clone());
@@ -165,7 +166,8 @@ pub(crate) mod timer {
                         let state = state.lock().unwrap();
                         state.stopped || state.of.iter().flatten().min().copied() != next
                     };
-                    kernel::pause(Wait::Deadline(next, Box::new(changed)));
+                    let at = next.map(|at| kernel::with(|k| k.nanos(at)));
+                    kernel::pause(Wait::Deadline(at, Box::new(changed)));
                 }
                 for owner in due {
                     if !(planted(Bug::LostAlarm) && kernel::chance(0.02)) {

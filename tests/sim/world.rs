@@ -1,59 +1,45 @@
-//! The world: what a seed sets up, what happens in it, and the run over seeds.
+//! The world: what happens in it, and the run over seeds.
 
-use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
 
 use crate::checks::{self, Checks, Conn, SLACK, Setup};
-use crate::error::{BoxError, ErrorKind};
+use crate::error::ErrorKind;
 use crate::event::{EventKind, State};
-use crate::handler::{Data, Link, Outgoing, Request, Session};
-use crate::io::clock::Clock;
-use crate::io::dial::DialPolicy;
-use crate::io::tls::TlsSource;
-use crate::io::websocket::Limits;
-use crate::kernel::{self, Ev, Kernel, with};
-use crate::logic::backoff::{Backoff, Jitter};
-use crate::logic::connection::RetryPolicy;
-use crate::logic::dedup::Dedup;
-use crate::logic::heartbeat::Heartbeat;
-use crate::logic::identity::Identity;
+use crate::faults::Strike;
+use crate::handler::Outgoing;
+use crate::kernel::{self, Ev, with};
 use crate::logic::overflow::Overflow;
-use crate::logic::pointer::Pointer;
 use crate::logic::restart::Intensity;
 use crate::message::Message;
-use crate::metrics::{ConnectionMetrics, Counter};
 use crate::pipeline::{Pipeline, Settled};
-use crate::planted::{self, Bug, planted};
-use crate::server::{self, Feed, Rates, Servers};
-use crate::simnet::Life;
+use crate::planted::{self, Bug};
+use crate::scene::{self, Scene};
+use crate::server::{self, Feed, Servers};
+use crate::simnet::{self, Life};
 use crate::threads::Spawner;
-use crate::threads::connection::{ConnectionPolicy, IdSource, Ids};
-use crate::threads::events::Hub;
-use crate::threads::inbox::Inbox;
 use crate::threads::monitor::{Monitor, NOTICES};
-use crate::threads::queue::{MAX_HELD, NoMessage, Queue, QueuePolicy};
-use crate::threads::shared::{Endpoint, Peer, Shared, States};
-use crate::threads::timer::Timer;
+use crate::threads::queue::{MAX_HELD, NoMessage};
+use crate::threads::shared::Shared;
+use crate::torture;
 
 /// Seeds that found something in the crate, by what went wrong.
 const REGRESSIONS: &[(u64, &str)] =
-    &[(808, "a_ping_that_the_socket_did_not_take_started_no_write_deadline")];
+    &[(2058, "a_ping_that_the_socket_did_not_take_started_no_write_deadline")];
 
 const MS: u64 = 1_000_000;
 const SECOND: u64 = 1_000_000_000;
 
 /// What a world came to.
 #[derive(Debug, Default, Clone, Copy)]
-struct Outcome {
+pub(crate) struct Outcome {
     virtual_nanos: u64,
     steps: u64,
-    faults: u64,
+    pub(crate) faults: u64,
     received: u64,
     reconnects: u64,
     outs: u64,
@@ -68,6 +54,7 @@ struct World {
     pushed: Vec<u64>,
     consume_every: u64,
     consume_most: u64,
+    consume_healed: u64,
     stall: f64,
     by_block: bool,
     end: u64,
@@ -89,6 +76,9 @@ pub(crate) fn main() -> i32 {
     let bug = std::env::var("SIM_PLANTED").ok().map(|name| {
         *planted::ALL.iter().find(|bug| format!("{bug:?}") == name).expect("a planted bug's name")
     });
+    if let Ok(which) = std::env::var("SIM_FAULT") {
+        return torture::replay(&which, bug);
+    }
     if let Some(seed) = number("SIM_SEED") {
         return replay(seed, minutes, bug, usize::MAX);
     }
@@ -96,13 +86,18 @@ pub(crate) fn main() -> i32 {
     let seeds = number("SIM_SEEDS").unwrap_or(if debug { 12 } else { 5000 });
     let first = number("SIM_FIRST").unwrap_or(1);
     if let Some(bug) = bug {
-        return i32::from(!find(bug, seeds, minutes));
+        return i32::from(!is_found(bug, minutes));
     }
     for (seed, name) in REGRESSIONS {
-        if one(*seed, minutes, None, false).is_err() {
+        if let Err((check, how)) = one(*seed, minutes, None, false) {
+            println!("seed {seed} breaks {check}: {how}");
             println!("test result: FAILED. 0 passed; 1 failed: {name}");
             return 1;
         }
+    }
+    if !torture::run() {
+        println!("test result: FAILED. 0 passed; 1 failed");
+        return 1;
     }
     let failed = run(first, seeds, minutes);
     if failed > 0 {
@@ -113,8 +108,7 @@ pub(crate) fn main() -> i32 {
         println!("test result: ok. 1 passed; 0 failed");
         return 0;
     }
-    let missed: Vec<_> =
-        planted::ALL.iter().filter(|bug| !find(**bug, 400, minutes.min(30))).collect();
+    let missed: Vec<_> = planted::ALL.iter().filter(|bug| !is_found(**bug, minutes)).collect();
     if missed.is_empty() {
         println!("all {} planted bugs found", planted::ALL.len());
         println!("test result: ok. 2 passed; 0 failed");
@@ -187,6 +181,13 @@ impl Outcome {
     }
 }
 
+fn is_found(bug: Bug, minutes: u64) -> bool {
+    if planted::OF_FAILED_CALLS.contains(&bug) {
+        return torture::finds(bug);
+    }
+    find(bug, 400, minutes.min(30))
+}
+
 fn find(bug: Bug, seeds: u64, minutes: u64) -> bool {
     let next = AtomicU64::new(1);
     let found: Mutex<Option<(u64, &'static str, String)>> = Mutex::new(None);
@@ -242,16 +243,19 @@ fn replay(seed: u64, minutes: u64, bug: Option<Bug>, last: usize) -> i32 {
     }
 }
 
-fn one(
-    seed: u64,
-    minutes: u64,
-    bug: Option<Bug>,
-    trace: bool,
-) -> Result<Outcome, (&'static str, String)> {
+fn one(seed: u64, minutes: u64, bug: Option<Bug>, trace: bool) -> Result<Outcome, Broken> {
     kernel::begin(seed, trace);
+    play(bug, || with(|k| Scene::drawn(k, minutes)))
+}
+
+/// A check that failed, and how.
+pub(crate) type Broken = (&'static str, String);
+
+/// Runs the world of a scene; the kernel has just begun.
+pub(crate) fn play(bug: Option<Bug>, scene: impl FnOnce() -> Scene) -> Result<Outcome, Broken> {
     planted::plant(bug);
     let ran = catch_unwind(AssertUnwindSafe(|| {
-        let mut world = World::new(minutes);
+        let mut world = World::new(scene());
         world.run();
         world.outcome()
     }));
@@ -262,213 +266,30 @@ fn one(
     ran.map_err(|payload| ("no-panic", crate::threads::panic_text(&*payload)))
 }
 
-/// The session of a world: says where to resume, waits for its welcome.
-#[derive(Default)]
-struct Subscriber {
-    welcome: bool,
-}
-
-impl Session for Subscriber {
-    fn on_open(&mut self, link: &mut Link<'_>) -> Result<(), BoxError> {
-        let id = link.resume().and_then(|resume| resume.id.clone());
-        let id = id.and_then(|raw| String::from_utf8(raw).ok()).and_then(|text| text.parse().ok());
-        let n = id.unwrap_or(0u64) % 1_000_000_000;
-        link.send(format!("resume {n} please"));
-        link.hold();
-        misbehave()
-    }
-
-    fn on_message(&mut self, data: Data<'_>, link: &mut Link<'_>) -> Result<(), BoxError> {
-        if !self.welcome {
-            if data.as_bytes() == b"welcome" {
-                self.welcome = true;
-                link.ready();
-            }
-            return Ok(());
-        }
-        if data.as_bytes().starts_with(b"{\"skip") {
-            return misbehave();
-        }
-        link.emit(data);
-        Ok(())
-    }
-
-    fn heartbeat_interval(&self) -> Option<Duration> {
-        Some(Duration::from_secs(45))
-    }
-
-    fn on_heartbeat(&mut self, link: &mut Link<'_>) -> Result<(), BoxError> {
-        link.send("beat");
-        Ok(())
-    }
-}
-
-fn misbehave() -> Result<(), BoxError> {
-    let kind = with(|k| {
-        let p = if k.sv.healed { 0.0 } else { k.sv.rates.session };
-        if k.chance(p) {
-            k.faults += 1;
-            k.range(1, 4)
-        } else {
-            0
-        }
-    });
-    match kind {
-        1 => Err("planned failure of a session".into()),
-        2 => panic!("planned panic of a session"),
-        3 => {
-            kernel::sleep(Duration::from_millis(400));
-            Ok(())
-        }
-        _ => Ok(()),
-    }
-}
-
-fn draw_rates(k: &mut Kernel, setup: &Setup) -> Rates {
-    let some = |k: &mut Kernel, most: f64| if k.chance(0.5) { k.unit() * most } else { 0.0 };
-    let reorder = if k.chance(0.3) { 0.05 } else { 0.0 };
-    Rates {
-        refuse: some(k, 0.4),
-        black_hole: some(k, 0.2),
-        bad_upgrade: some(k, 0.4),
-        dns: some(k, 0.3),
-        tls: some(k, 0.05),
-        hook: some(k, 0.1),
-        session: some(k, 0.02),
-        mishap: Duration::from_secs(k.pick(&[15, 60, 200, 900])),
-        fatal: if k.chance(0.4) { 0.1 } else { 0.0 },
-        duplicate: some(k, 0.2),
-        reorder,
-        skip: some(k, 0.1),
-        message: Duration::from_millis(k.pick(&[600, 2000, 6000, 20_000])),
-        burst: k.pick(&[1, 1, 5, 40]),
-        dribble: k.chance(0.3),
-        big: k.pick(&[0.0, 0.02, 0.2]),
-        slow: k.chance(0.3),
-        overlap: k.pick(&[0, 3, 20]) + if reorder > 0.0 { 4 } else { 0 },
-    }
-}
-
-fn draw_setup(k: &mut Kernel) -> Setup {
-    let secs = |k: &mut Kernel, of: &[u64]| Duration::from_secs(k.pick(of));
-    let overflow = k.pick(&[
-        Overflow::Block,
-        Overflow::Block,
-        Overflow::Block,
-        Overflow::DropOldest,
-        Overflow::DropNewest,
-        Overflow::Disconnect,
-    ]);
-    let queue = k.pick(&[1usize, 8, 64, 1000]);
-    let dedup = k.chance(0.75).then(|| k.pick(&[64, 5000, 1_000_000]));
-    let base = Duration::from_millis(k.pick(&[100, 500, 2000]));
-    Setup {
-        connections: k.pick(&[1, 1, 2, 3]),
-        connect: secs(k, &[3, 10, 30]),
-        ping: if k.chance(0.9) { Some(secs(k, &[5, 20, 60])) } else { None },
-        pong: secs(k, &[5, 20]),
-        idle: if k.chance(0.2) { Some(secs(k, &[120, 300])) } else { None },
-        write: secs(k, &[10, 30]),
-        close: secs(k, &[1, 5]),
-        base,
-        max: base * k.pick(&[1, 8, 60]),
-        jitter: k.pick(&[0, 1, 1, 2]),
-        stable: secs(k, &[5, 10, 60]),
-        retry_after_max: secs(k, &[10, 300]),
-        attempts: if k.chance(0.1) { Some(8) } else { None },
-        reconnects: if k.chance(0.1) { Some(12) } else { None },
-        restarts: k.pick(&[0, 3, 3, 5]),
-        within: secs(k, &[5, 60]),
-        queue,
-        block: (queue / 8).clamp(1, 1024),
-        overflow,
-        dedup,
-        lossless: false,
-        sessions: k.chance(0.7),
-    }
-}
-
-fn identity() -> Identity {
-    Identity::new([7; crate::logic::identity::KEY])
-}
-
-fn tls() -> TlsSource {
-    static TLS: OnceLock<TlsSource> = OnceLock::new();
-    TLS.get_or_init(TlsSource::default).clone()
-}
-
-fn resolver(host: &str, port: u16) -> std::io::Result<Vec<SocketAddr>> {
-    let (wait, fails, two) = with(|k| {
-        let rate = if k.sv.healed { 0.0 } else { k.sv.rates.dns };
-        let slow = k.chance(rate * 0.3);
-        let wait = if slow { k.range(0, 20_000) } else { k.range(1, 50) };
-        (Duration::from_millis(wait), k.chance(rate), k.chance(0.3))
-    });
-    kernel::sleep(wait);
-    if fails {
-        with(|k| k.faults += 1);
-        if kernel::chance(0.1) {
-            panic!("planned panic of a resolver");
-        }
-        return Err(std::io::Error::other("no such host"));
-    }
-    let conn: u8 = host.trim_start_matches("feed").trim_end_matches(".sim").parse().unwrap_or(0);
-    let v4 = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, conn, 1)), port);
-    let v6 = Ipv6Addr::new(0xFD00, 0, 0, 0, 0, 0, u16::from(conn), 1);
-    Ok(if two { vec![SocketAddr::new(IpAddr::V6(v6), port), v4] } else { vec![v4] })
-}
-
-fn hook(attempt: &crate::handler::Attempt) -> Result<Request, BoxError> {
-    let (conn, epoch) = (attempt.connection, attempt.epoch);
-    let (fault, tls, by_name) = with(|k| {
-        let healed = k.sv.healed;
-        let (hook, tls) = (k.sv.rates.hook, k.sv.rates.tls);
-        let fault = !healed && k.chance(hook);
-        k.faults += u64::from(fault);
-        (fault, !healed && k.chance(tls), k.chance(0.5))
-    });
-    if fault && kernel::chance(0.5) {
-        panic!("planned panic of a request hook");
-    }
-    if fault {
-        return Err("planned failure of a request hook".into());
-    }
-    let (scheme, port) = if tls { ("wss", 443) } else { ("ws", 80) };
-    let host = if by_name { format!("feed{conn}.sim") } else { format!("10.0.{conn}.1") };
-    Ok(Request::new(format!("{scheme}://{host}:{port}/feed?e={epoch}")))
-}
-
 impl World {
-    fn new(minutes: u64) -> Self {
-        let end = minutes * 60 * SECOND;
-        let (setup, world) = with(|k| {
-            let mut setup = draw_setup(k);
-            let rates = draw_rates(k, &setup);
-            let redundant = setup.connections > 1 && setup.dedup.is_some() && k.chance(0.5);
-            setup.lossless = setup.sessions
-                && setup.overflow == Overflow::Block
-                && setup.dedup.is_none_or(|capacity| capacity > 100_000);
+    fn new(scene: Scene) -> Self {
+        let setup = scene.setup.clone();
+        with(|k| {
+            k.note(|| format!("{scene:?}"));
             k.sv = Servers {
-                rates,
+                rates: scene.rates.clone(),
                 sessions: setup.sessions,
-                redundant,
+                redundant: scene.redundant,
                 conns: (0..setup.connections).map(|_| Feed::default()).collect(),
                 max_message: 64 * 1024,
+                openings: setup.openings,
                 ..Servers::default()
             };
             k.ck = Checks {
                 setup: setup.clone(),
                 conns: (0..setup.connections).map(|_| Conn::default()).collect(),
+                causes: k.ck.causes.take(),
                 ..Checks::default()
             };
-            k.failing = if k.chance(0.15) { 0.003 } else { 0.0 };
-            let rates = k.sv.rates.clone();
-            k.note(|| format!("{setup:?} {rates:?}"));
-            (setup, (k.chance(0.5), k.chance(0.3), k.pick(&[5, 50, 300]) * MS, k.range(1, 60)))
+            k.failing = scene.failing;
         });
-        let (has_pipeline, by_block, consume_every, consume_most) = world;
         let (notices, inbox) = bounded(NOTICES);
-        let shared = Arc::new(share(&setup, Spawner::new(notices)));
+        let shared = Arc::new(scene::share(&setup, Spawner::new(notices)));
         let intensity = Intensity { restarts: setup.restarts, within: setup.within };
         let own = Arc::clone(&shared);
         let monitor = kernel::spawn("broadsock-monitor", move || {
@@ -476,6 +297,7 @@ impl World {
                 Ok(monitor) => monitor.run(),
                 Err(error) => with(|k| {
                     k.note(|| format!("could not start: {error}"));
+                    k.ck.causes.iter_mut().for_each(|causes| causes.push(error.chain()));
                     k.ck.failed = Some((k.now, error));
                     k.soon(3 * SECOND, Ev::Finished);
                 }),
@@ -483,13 +305,14 @@ impl World {
             own.end();
         });
         let world = Self {
-            pipeline: has_pipeline.then(Pipeline::new),
+            pipeline: scene.has_pipeline.then(Pipeline::new),
             pushed: vec![0; setup.connections],
-            consume_every,
-            consume_most,
-            stall: with(|k| k.pick(&[0.0, 0.001, 0.01])),
-            by_block: by_block && !has_pipeline,
-            end,
+            consume_every: scene.consume_every,
+            consume_most: scene.consume_most,
+            consume_healed: scene.consume_healed,
+            stall: scene.stall,
+            by_block: scene.by_block && !scene.has_pipeline,
+            end: scene.end,
             quiet: false,
             close_deadline: 0,
             skipped_ends: false,
@@ -497,28 +320,25 @@ impl World {
             shared,
             setup,
         };
-        world.schedule();
+        world.schedule(&scene);
         world
     }
 
-    fn schedule(&self) {
-        let setup = &self.setup;
+    fn schedule(&self, scene: &Scene) {
         with(|k| {
-            for conn in 0..setup.connections {
+            for conn in 0..self.setup.connections {
                 if conn == 0 || !k.sv.redundant {
                     k.soon(0, Ev::Feed(conn));
                 }
                 k.soon(SECOND, Ev::Push(conn));
+                if let Some(at) = scene.cut {
+                    k.at(at, Ev::Cut(conn));
+                }
             }
             k.soon(0, Ev::Consume);
-            k.at(self.end, Ev::Heal);
-            let longest = setup.ping.unwrap_or_default() + setup.pong + setup.write;
-            let longest = longest + setup.connect * 2 + setup.retry_after_max.mul_f64(1.2);
-            let longest = longest + setup.max.mul_f64(1.2) + setup.idle.unwrap_or_default();
-            let longest = longest + Duration::from_secs(40 + 31 + 60);
-            k.at(self.end + longest.as_nanos() as u64, Ev::Quiet);
-            if k.chance(0.25) {
-                let at = k.range(0, self.end);
+            k.at(scene.end, Ev::Heal);
+            k.at(scene.end + scene.settles.as_nanos() as u64, Ev::Quiet);
+            if let Some(at) = scene.closes {
                 k.at(at, Ev::Close);
             }
         });
@@ -561,6 +381,8 @@ impl World {
             Ev::ToServer(sock, bytes) => with(|k| server::receive(k, sock, bytes)),
             Ev::ToClient(sock, arrival) => with(|k| crate::simnet::arrive(k, sock, arrival)),
             Ev::ClientGone(sock) => with(|k| server::client_gone(k, sock)),
+            Ev::Ready(sock) => with(|k| simnet::ready(k, sock)),
+            Ev::Cut(conn) => with(|k| server::cut(k, conn)),
             Ev::Mishap(sock) => with(|k| server::mishap(k, sock)),
             Ev::Pump(sock) => with(|k| {
                 if let Some(server) = k.sv.socks.get_mut(&sock) {
@@ -599,7 +421,7 @@ impl World {
         let (ledger, dropped) = self.shared.queue.ledger();
         let taken = with(|k| k.ck.taken);
         let read: u64 = self.shared.connections.iter().map(|c| c.metrics.messages.get()).sum();
-        let limit = self.setup.queue + self.setup.connections * self.setup.block * (MAX_HELD + 1);
+        let limit = self.most_in_flight();
         with(|k| {
             if !ledger.balanced() {
                 k.broken("ledger-balanced", || ledger.to_string());
@@ -615,6 +437,15 @@ impl World {
                 k.broken("queue-bounded", || format!("{limit} at most, {ledger}"));
             }
         });
+    }
+
+    /// What may wait for the consumer. Only who blocks holds blocks beside the queue.
+    fn most_in_flight(&self) -> usize {
+        let Setup { queue, connections, block, overflow, .. } = self.setup;
+        match overflow {
+            Overflow::Block => queue + connections * block * (MAX_HELD + 1),
+            _ => queue.max(block),
+        }
     }
 
     fn consume(&mut self) {
@@ -674,6 +505,7 @@ impl World {
             sequence: meta.sequence,
             id,
             of,
+            received: with(|k| k.nanos(meta.received_at)),
             accepted: ledger.accepted + ledger.dropped,
             in_flight: ledger.in_flight + 1,
         };
@@ -748,7 +580,7 @@ impl World {
         if let Some(pipeline) = &mut self.pipeline {
             pipeline.heal();
         }
-        self.consume_every = 5 * MS;
+        self.consume_every = self.consume_healed;
         self.consume_most = 200;
     }
 
@@ -757,12 +589,17 @@ impl World {
         if with(|k| k.ck.closing.is_some() || k.ck.failed.is_some()) {
             return;
         }
+        let struck = with(|k| k.struck_at);
+        if struck > self.end && with(|k| k.now) < struck + 20 * SECOND {
+            // A call failed just now: that takes its time to heal, too.
+            return with(|k| k.at(struck + 20 * SECOND, Ev::Quiet));
+        }
         if !self.quiet {
             self.quiet = true;
             with(|k| {
                 k.sv.conns.iter_mut().for_each(|feed| feed.ended = true);
                 // A redelivery that was lost with its socket is made again.
-                let failed = k.ck.delivered.iter().filter(|(_, (_, failed))| *failed);
+                let failed = k.ck.delivered.iter().filter(|(_, it)| it.failed);
                 let mut failed: Vec<u64> = failed.map(|(id, _)| *id).collect();
                 failed.sort_unstable();
                 for id in failed {
@@ -775,7 +612,7 @@ impl World {
                     let ping = k.ck.setup.ping;
                     let cut =
                         k.ck.setup.overflow == Overflow::Disconnect || k.ck.setup.idle.is_some();
-                    if state != State::Connected && ping.is_some() && !cut {
+                    if state != State::Connected && ping.is_some() && !cut && !k.is_hung(index) {
                         k.broken("connected-again", || format!("conn {index} is {state}"));
                     }
                 }
@@ -787,11 +624,11 @@ impl World {
         with(|k| {
             // A connection that is cut for each burst never gets to the end.
             let cut = self.setup.overflow == Overflow::Disconnect;
-            if ledger.in_flight > 0 && !cut {
+            if ledger.in_flight > 0 && !cut && k.hung.is_empty() {
                 k.broken("backlog-drained", || ledger.to_string());
             }
         });
-        if self.setup.lossless && detects {
+        if self.setup.lossless && detects && with(|k| k.hung.is_empty()) {
             self.nothing_lost();
         }
         self.close();
@@ -805,7 +642,7 @@ impl World {
                     let id = server::global(k, conn, n);
                     match k.ck.delivered.get(&id) {
                         None => k.broken("nothing-lost", || format!("message {id} never came")),
-                        Some((_, true)) if k.ck.setup.dedup.is_some() => {
+                        Some(it) if it.failed && k.ck.setup.dedup.is_some() => {
                             k.broken("failed-comes-again", || format!("message {id} stays failed"));
                         }
                         _ => {}
@@ -841,14 +678,19 @@ impl World {
 
     /// The client must be over by now.
     fn finished(&mut self) {
-        let alive: Vec<String> =
-            kernel::alive().into_iter().filter(|name| !name.contains("dns")).collect();
+        let (hung, mut alive) = (with(|k| k.hung.clone()), kernel::alive());
+        alive.retain(|name| !name.contains("dns") && !hung.contains(name));
         // A hook that sleeps can hold a thread past a short deadline: it is told.
         let told = self.shared.ending().stuck.clone();
         let hooks = with(|k| k.sv.rates.session > 0.0) && self.setup.sessions;
         if !alive.is_empty() && !hooks {
             with(|k| k.broken("close-in-time", || format!("{alive:?} still run, told {told:?}")));
         }
+        if let Some(name) = hung.iter().find(|name| !told.contains(*name)) {
+            with(|k| k.broken("stuck-named", || format!("{name} hangs, {told:?} told")));
+        }
+        // What a thread holds that never ends stays with it.
+        let all_ended = alive.is_empty() && hung.is_empty();
         with(|k| k.ck.ended = true);
         for _ in 0..5000 {
             let before = with(|k| k.ck.taken);
@@ -871,10 +713,10 @@ impl World {
         let left = self.pipeline.as_ref().map_or(0, Pipeline::in_flight);
         let next = self.shared.queue.try_recv().map(|message| message.metadata());
         with(|k| {
-            if alive.is_empty() && (ledger.in_flight > 0 || left > 0) {
+            if all_ended && (ledger.in_flight > 0 || left > 0) {
                 k.broken("ends-empty", || format!("{left} in the pipeline, {ledger}, {next:?}"));
             }
-            if alive.is_empty() {
+            if all_ended {
                 let open = k.net.socks.iter().filter(|sock| sock.life != Life::Released).count();
                 if open > 0 {
                     k.broken("sockets-released", || format!("{open} are open at the end"));
@@ -886,7 +728,7 @@ impl World {
                 }
             }
         });
-        if alive.is_empty() {
+        if all_ended {
             self.account_for_outs();
         }
     }
@@ -927,85 +769,5 @@ impl World {
             batches: self.pipeline.as_ref().map_or(0, |pipeline| pipeline.batched),
             transitions: k.ck.transitions,
         })
-    }
-}
-
-fn share(setup: &Setup, spawner: Spawner) -> Shared {
-    let inboxes: Vec<Arc<Inbox>> = (0..setup.connections)
-        .map(|_| {
-            Arc::new(Inbox::new(crate::threads::inbox::OutboxLimits {
-                messages: 40,
-                bytes: 1 << 20,
-            }))
-        })
-        .collect();
-    let dedup = setup.dedup.map(|capacity| Dedup::new(capacity as usize, None));
-    let limits = QueuePolicy { messages: setup.queue, bytes: 1 << 20, overflow: setup.overflow };
-    let queue = Queue::new(limits, dedup, inboxes.clone());
-    let jitter = match setup.jitter {
-        0 => Jitter::None,
-        1 => Jitter::Equal,
-        _ => Jitter::Full,
-    };
-    let source = if setup.dedup.is_some() || setup.sessions {
-        IdSource::Pointer(Pointer::parse("/id").expect("a pointer"))
-    } else {
-        IdSource::Off
-    };
-    let sessions = setup.sessions;
-    let policy = ConnectionPolicy {
-        dial: DialPolicy { connect_timeout: setup.connect, redirect_limit: 3, tls: tls() },
-        limits: Limits { read_buffer: 4096, max_message: 64 * 1024 },
-        retry: RetryPolicy {
-            backoff: Backoff::exponential(setup.base, setup.max).with_jitter(jitter),
-            stable_after: setup.stable,
-            retry_after_max: setup.retry_after_max,
-            max_attempts: setup.attempts,
-            max_reconnect_attempts: setup.reconnects,
-        },
-        heartbeat: Heartbeat {
-            ping_interval: setup.ping,
-            pong_timeout: setup.pong,
-            idle_timeout: setup.idle,
-            write_timeout: setup.write,
-        },
-        ids: Ids { source, identity: identity() },
-        block_messages: limits.block_messages(),
-        session: sessions.then(|| {
-            Arc::new(|| Box::new(Subscriber::default()) as Box<dyn Session>)
-                as crate::threads::connection::SessionFactory
-        }),
-        openings: Arc::new([]),
-        classifier: None,
-        resolver: Arc::new(resolver),
-        close_timeout: setup.close,
-    };
-    let connections = inboxes
-        .into_iter()
-        .map(|inbox| Peer {
-            endpoint: Endpoint::Hook(Arc::new(hook)),
-            inbox,
-            metrics: ConnectionMetrics::default(),
-            resume: Mutex::default(),
-        })
-        .collect::<Vec<_>>();
-    let observer: crate::threads::events::Observer<crate::event::Event> = Arc::new(|event| {
-        with(|k| {
-            let at = k.now;
-            k.told.push_back((at, event.clone()));
-        });
-    });
-    Shared {
-        clock: Clock::real(),
-        policy,
-        queue,
-        hub: Hub::new(Some(observer)),
-        timer: Timer::new(),
-        spawner,
-        states: States::new(connections.len()),
-        connections,
-        restarts: Counter::default(),
-        ending: Mutex::default(),
-        close_by: Mutex::default(),
     }
 }

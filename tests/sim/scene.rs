@@ -1,0 +1,279 @@
+//! What a world is set up with: drawn for each seed, or given.
+
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+use crate::checks::{FACTOR, Setup, Strategy, custom_delay};
+use crate::error::{Error, ErrorKind, Recovery};
+use crate::handler::{Outgoing, Session};
+use crate::io::clock::Clock;
+use crate::io::dial::DialPolicy;
+use crate::io::tls::TlsSource;
+use crate::io::websocket::Limits;
+use crate::kernel::{Kernel, with};
+use crate::logic::backoff::{Backoff, Jitter};
+use crate::logic::connection::RetryPolicy;
+use crate::logic::dedup::Dedup;
+use crate::logic::heartbeat::Heartbeat;
+use crate::logic::identity::Identity;
+use crate::logic::overflow::Overflow;
+use crate::logic::pointer::Pointer;
+use crate::metrics::{ConnectionMetrics, Counter};
+use crate::server::Rates;
+use crate::threads::Spawner;
+use crate::threads::connection::{Classifier, ConnectionPolicy, IdSource, Ids};
+use crate::threads::events::Hub;
+use crate::threads::inbox::Inbox;
+use crate::threads::queue::{Queue, QueuePolicy};
+use crate::threads::shared::{Endpoint, Peer, Shared, States};
+use crate::threads::timer::Timer;
+use crate::user;
+
+const MS: u64 = 1_000_000;
+const SECOND: u64 = 1_000_000_000;
+
+/// All that makes one world differ from another, but for chance.
+#[derive(Debug, Clone)]
+pub(crate) struct Scene {
+    pub(crate) setup: Setup,
+    pub(crate) rates: Rates,
+    /// All connections show the same feed.
+    pub(crate) redundant: bool,
+    pub(crate) failing: f64,
+    pub(crate) has_pipeline: bool,
+    pub(crate) by_block: bool,
+    /// Nanoseconds between two looks of the consumer, and what it takes then.
+    pub(crate) consume_every: u64,
+    pub(crate) consume_most: u64,
+    pub(crate) stall: f64,
+    /// Nanoseconds between two looks of the consumer in a world that has healed:
+    /// a small queue wants many, and each costs.
+    pub(crate) consume_healed: u64,
+    /// When the world heals, and how long it may take then to be well again.
+    pub(crate) end: u64,
+    pub(crate) settles: Duration,
+    /// When the program closes, if it does so before.
+    pub(crate) closes: Option<u64>,
+    /// When the servers cut all connections.
+    pub(crate) cut: Option<u64>,
+}
+
+impl Scene {
+    /// What this world's seed says.
+    pub(crate) fn drawn(k: &mut Kernel, minutes: u64) -> Self {
+        let end = minutes * 60 * SECOND;
+        let mut setup = draw_setup(k);
+        let rates = draw_rates(k, &setup);
+        let redundant = setup.connections > 1 && setup.dedup.is_some() && k.chance(0.5);
+        setup.lossless = setup.sessions
+            && setup.overflow == Overflow::Block
+            && setup.dedup.is_none_or(|capacity| capacity > 100_000);
+        Self {
+            settles: settles(&setup),
+            redundant,
+            failing: if k.chance(0.15) { 0.003 } else { 0.0 },
+            has_pipeline: k.chance(0.5),
+            by_block: k.chance(0.3),
+            consume_every: k.pick(&[5, 50, 300]) * MS,
+            consume_most: k.range(1, 60),
+            stall: k.pick(&[0.0, 0.001, 0.01]),
+            consume_healed: if setup.queue < 64 { 5 * MS } else { 100 * MS },
+            end,
+            closes: k.chance(0.25).then(|| k.range(0, end)),
+            cut: None,
+            setup,
+            rates,
+        }
+    }
+}
+
+/// The longest way back that this setup allows.
+fn settles(setup: &Setup) -> Duration {
+    let longest = setup.ping.unwrap_or_default() + setup.pong + setup.write;
+    let longest = longest + setup.connect * 2 + setup.retry_after_max.mul_f64(1.2);
+    let longest = longest + setup.max.mul_f64(1.2) + setup.idle.unwrap_or_default();
+    longest + Duration::from_secs(40 + 31 + 60)
+}
+
+pub(crate) fn draw_rates(k: &mut Kernel, setup: &Setup) -> Rates {
+    let some = |k: &mut Kernel, most: f64| if k.chance(0.5) { k.unit() * most } else { 0.0 };
+    let reorder = if k.chance(0.3) { 0.05 } else { 0.0 };
+    Rates {
+        refuse: some(k, 0.4),
+        black_hole: some(k, 0.2),
+        bad_upgrade: some(k, 0.4),
+        dns: some(k, 0.3),
+        redirect: some(k, 0.3),
+        hang: if k.chance(0.05) { 0.001 } else { 0.0 },
+        tls: some(k, 0.05),
+        hook: some(k, 0.1),
+        session: some(k, 0.02),
+        mishap: Duration::from_secs(k.pick(&[15, 60, 200, 900])),
+        fatal: if k.chance(0.4) { 0.1 } else { 0.0 },
+        duplicate: some(k, 0.2),
+        reorder,
+        skip: some(k, 0.1),
+        message: Duration::from_millis(k.pick(&[600, 2000, 6000, 20_000])),
+        burst: k.pick(&[1, 1, 5, 40]),
+        dribble: k.chance(0.3),
+        big: k.pick(&[0.0, 0.02, 0.2]),
+        slow: k.chance(0.3),
+        overlap: k.pick(&[0, 3, 20]) + if reorder > 0.0 { 4 } else { 0 },
+    }
+}
+
+pub(crate) fn draw_setup(k: &mut Kernel) -> Setup {
+    let secs = |k: &mut Kernel, of: &[u64]| Duration::from_secs(k.pick(of));
+    let overflow = k.pick(&[
+        Overflow::Block,
+        Overflow::Block,
+        Overflow::Block,
+        Overflow::DropOldest,
+        Overflow::DropNewest,
+        Overflow::Disconnect,
+    ]);
+    let queue = k.pick(&[1usize, 8, 64, 1000]);
+    let dedup = k.chance(0.75).then(|| k.pick(&[64, 5000, 1_000_000]));
+    let base = Duration::from_millis(k.pick(&[100, 500, 2000]));
+    let (exponential, other) = (Strategy::Exponential, k.range(0, 12));
+    let strategy = match other {
+        0 => Strategy::Linear,
+        1 => Strategy::Constant,
+        2 => Strategy::Custom,
+        _ => exponential,
+    };
+    // The default takes over from a function that panics.
+    let most = if strategy == exponential { base * k.pick(&[1, 8, 60]) } else { base * FACTOR };
+    let max = if strategy == Strategy::Custom { Duration::from_secs(30) } else { most };
+    Setup {
+        connections: k.pick(&[1, 1, 2, 3]),
+        connect: secs(k, &[3, 10, 30]),
+        ping: if k.chance(0.9) { Some(secs(k, &[5, 20, 60])) } else { None },
+        pong: secs(k, &[5, 20]),
+        idle: if k.chance(0.2) { Some(secs(k, &[120, 300])) } else { None },
+        write: secs(k, &[10, 30]),
+        close: secs(k, &[1, 5]),
+        base,
+        max,
+        strategy,
+        ttl: dedup.and_then(|_| {
+            k.pick(&[None, None, None, Some(60), Some(600)]).map(Duration::from_secs)
+        }),
+        openings: k.pick(&[0, 0, 1, 3]),
+        classifier: k.chance(0.2),
+        jitter: k.pick(&[0, 1, 1, 2]),
+        stable: secs(k, &[5, 10, 60]),
+        retry_after_max: secs(k, &[10, 300]),
+        attempts: if k.chance(0.1) { Some(8) } else { None },
+        reconnects: if k.chance(0.1) { Some(12) } else { None },
+        restarts: k.pick(&[0, 3, 3, 5]),
+        within: secs(k, &[5, 60]),
+        queue,
+        block: (queue / 8).clamp(1, 1024),
+        overflow,
+        dedup,
+        lossless: false,
+        sessions: k.chance(0.7),
+    }
+}
+
+fn identity() -> Identity {
+    Identity::new([7; crate::logic::identity::KEY])
+}
+
+fn tls() -> TlsSource {
+    static TLS: OnceLock<TlsSource> = OnceLock::new();
+    TLS.get_or_init(TlsSource::default).clone()
+}
+
+pub(crate) fn share(setup: &Setup, spawner: Spawner) -> Shared {
+    let inboxes: Vec<Arc<Inbox>> = (0..setup.connections)
+        .map(|_| {
+            Arc::new(Inbox::new(crate::threads::inbox::OutboxLimits {
+                messages: 40,
+                bytes: 1 << 20,
+            }))
+        })
+        .collect();
+    let dedup = setup.dedup.map(|capacity| Dedup::new(capacity as usize, setup.ttl));
+    let limits = QueuePolicy { messages: setup.queue, bytes: 1 << 20, overflow: setup.overflow };
+    let queue = Queue::new(limits, dedup, inboxes.clone());
+    let source = if setup.dedup.is_some() || setup.sessions {
+        IdSource::Pointer(Pointer::parse("/id").expect("a pointer"))
+    } else {
+        IdSource::Off
+    };
+    let sessions = setup.sessions;
+    let policy = ConnectionPolicy {
+        dial: DialPolicy { connect_timeout: setup.connect, redirect_limit: 3, tls: tls() },
+        limits: Limits { read_buffer: 4096, max_message: 64 * 1024 },
+        retry: RetryPolicy {
+            backoff: backoff(setup),
+            stable_after: setup.stable,
+            retry_after_max: setup.retry_after_max,
+            max_attempts: setup.attempts,
+            max_reconnect_attempts: setup.reconnects,
+        },
+        heartbeat: Heartbeat {
+            ping_interval: setup.ping,
+            pong_timeout: setup.pong,
+            idle_timeout: setup.idle,
+            write_timeout: setup.write,
+        },
+        ids: Ids { source, identity: identity() },
+        block_messages: limits.block_messages(),
+        session: sessions.then(|| {
+            Arc::new(|| Box::new(user::Subscriber::new()) as Box<dyn Session>)
+                as crate::threads::connection::SessionFactory
+        }),
+        openings: (0..setup.openings).map(|n| Outgoing::from(format!("open {n}"))).collect(),
+        classifier: setup.classifier.then(|| Arc::new(user::classify) as Classifier),
+        resolver: Arc::new(user::resolver),
+        close_timeout: setup.close,
+    };
+    let connections = inboxes
+        .into_iter()
+        .map(|inbox| Peer {
+            endpoint: Endpoint::Hook(Arc::new(user::hook)),
+            inbox,
+            metrics: ConnectionMetrics::default(),
+            resume: Mutex::default(),
+        })
+        .collect::<Vec<_>>();
+    let observer: crate::threads::events::Observer<crate::event::Event> = Arc::new(|event| {
+        with(|k| {
+            let at = k.now;
+            k.told.push_back((at, event.clone()));
+        });
+    });
+    Shared {
+        clock: Clock::real(),
+        policy,
+        queue,
+        hub: Hub::new(Some(observer)),
+        timer: Timer::new(),
+        spawner,
+        states: States::new(connections.len()),
+        connections,
+        restarts: Counter::default(),
+        ending: Mutex::default(),
+        close_by: Mutex::default(),
+    }
+}
+
+fn backoff(setup: &Setup) -> Backoff {
+    let base = setup.base;
+    let jitter = match setup.jitter {
+        0 => Jitter::None,
+        1 => Jitter::Equal,
+        _ => Jitter::Full,
+    };
+    match setup.strategy {
+        Strategy::Exponential => Backoff::exponential(base, setup.max).with_jitter(jitter),
+        Strategy::Linear => Backoff::linear(base, FACTOR),
+        Strategy::Constant => Backoff::constant(base),
+        Strategy::Custom => Backoff::custom(move |retry| {
+            custom_delay(base, retry.attempt).expect("planned panic of a back-off")
+        }),
+    }
+}

@@ -1,0 +1,154 @@
+//! What programs write: the session, the request hook, the resolver and the
+//! classifier, as well as they fail.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use crate::error::{BoxError, Error, ErrorKind, Recovery};
+use crate::faults::{self, Call, Fault, fault};
+use crate::handler::{Attempt, Data, Link, Request, Session};
+use crate::kernel::{self, with};
+
+/// The session of a world: says where to resume, waits for its welcome.
+#[derive(Default)]
+pub(crate) struct Subscriber {
+    welcome: bool,
+}
+
+impl Subscriber {
+    pub(crate) fn new() -> Self {
+        let _ = faults::user_code(Call::NewSession);
+        Self::default()
+    }
+}
+
+impl Session for Subscriber {
+    fn on_open(&mut self, link: &mut Link<'_>) -> Result<(), BoxError> {
+        faults::user_code(Call::OnOpen)?;
+        let id = link.resume().and_then(|resume| resume.id.clone());
+        let id = id.and_then(|raw| String::from_utf8(raw).ok()).and_then(|text| text.parse().ok());
+        let n = id.unwrap_or(0u64) % 1_000_000_000;
+        link.send(format!("resume {n} please"));
+        link.hold();
+        misbehave()
+    }
+
+    fn on_message(&mut self, data: Data<'_>, link: &mut Link<'_>) -> Result<(), BoxError> {
+        faults::user_code(Call::OnMessage)?;
+        if !self.welcome {
+            if data.as_bytes() == b"welcome" {
+                self.welcome = true;
+                link.ready();
+            }
+            return Ok(());
+        }
+        if data.as_bytes().starts_with(b"{\"skip") {
+            return misbehave();
+        }
+        link.emit(data);
+        Ok(())
+    }
+
+    fn heartbeat_interval(&self) -> Option<Duration> {
+        Some(Duration::from_secs(45))
+    }
+
+    fn on_heartbeat(&mut self, link: &mut Link<'_>) -> Result<(), BoxError> {
+        faults::user_code(Call::OnHeartbeat)?;
+        link.send("beat");
+        Ok(())
+    }
+}
+
+fn misbehave() -> Result<(), BoxError> {
+    may_hang();
+    let kind = with(|k| {
+        let p = if k.sv.healed { 0.0 } else { k.sv.rates.session };
+        if k.chance(p) {
+            k.faults += 1;
+            k.range(1, 4)
+        } else {
+            0
+        }
+    });
+    match kind {
+        1 => Err("planned failure of a session".into()),
+        2 => panic!("planned panic of a session"),
+        3 => {
+            kernel::sleep(Duration::from_millis(400));
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
+pub(crate) fn resolver(host: &str, port: u16) -> std::io::Result<Vec<SocketAddr>> {
+    let (wait, fails, two) = with(|k| {
+        let rate = if k.sv.healed { 0.0 } else { k.sv.rates.dns };
+        let slow = k.chance(rate * 0.3);
+        let wait = if slow { k.range(0, 20_000) } else { k.range(1, 50) };
+        (Duration::from_millis(wait), k.chance(rate), k.chance(0.3))
+    });
+    kernel::sleep(wait);
+    match fault(Call::LookUp) {
+        None => {}
+        Some(Fault::Panic) => panic!("{}", faults::PLANNED),
+        Some(Fault::Error(kind)) => return Err(faults::planned(kind)),
+        Some(Fault::Stall) => kernel::sleep(Duration::from_secs(20)),
+        Some(_) => return Ok(Vec::new()),
+    }
+    if fails {
+        with(|k| k.faults += 1);
+        if kernel::chance(0.1) {
+            panic!("planned panic of a resolver");
+        }
+        return Err(std::io::Error::other("no such host"));
+    }
+    let conn: u8 = host.trim_start_matches("feed").trim_end_matches(".sim").parse().unwrap_or(0);
+    let v4 = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, conn, 1)), port);
+    let v6 = Ipv6Addr::new(0xFD00, 0, 0, 0, 0, 0, u16::from(conn), 1);
+    Ok(if two { vec![SocketAddr::new(IpAddr::V6(v6), port), v4] } else { vec![v4] })
+}
+
+/// Now and then a call never comes back.
+fn may_hang() {
+    let hangs = with(|k| {
+        let p = if k.sv.healed { 0.0 } else { k.sv.rates.hang };
+        p > 0.0 && k.chance(p)
+    });
+    if hangs {
+        with(|k| k.faults += 1);
+        faults::hang();
+    }
+}
+
+/// Another view of two errors than the crate's own.
+pub(crate) fn classify(error: &Error, default: Recovery) -> Recovery {
+    match error.kind() {
+        ErrorKind::Http { status: 401, .. } => Recovery::Recoverable,
+        ErrorKind::Closed { code: 4321 } => Recovery::Unrecoverable,
+        _ => default,
+    }
+}
+
+pub(crate) fn hook(attempt: &Attempt) -> Result<Request, BoxError> {
+    faults::user_code(Call::RequestHook)?;
+    may_hang();
+    let (conn, epoch) = (attempt.connection, attempt.epoch);
+    let (fault, tls, by_name) = with(|k| {
+        let healed = k.sv.healed;
+        let (hook, tls) = (k.sv.rates.hook, k.sv.rates.tls);
+        let fault = !healed && k.chance(hook);
+        k.faults += u64::from(fault);
+        (fault, !healed && k.chance(tls), k.chance(0.5))
+    });
+    if fault && kernel::chance(0.5) {
+        panic!("planned panic of a request hook");
+    }
+    if fault {
+        return Err("planned failure of a request hook".into());
+    }
+    let (scheme, port) = if tls { ("wss", 443) } else { ("ws", 80) };
+    let host = if by_name { format!("feed{conn}.sim") } else { format!("10.0.{conn}.1") };
+    Ok(Request::new(format!("{scheme}://{host}:{port}/feed?e={epoch}")))
+}
