@@ -29,6 +29,8 @@ pub(crate) struct Poller {
 pub(crate) struct Ready {
     pub(crate) token: Token,
     pub(crate) readable: bool,
+    /// Nothing comes behind what can be read now.
+    pub(crate) ended: bool,
     pub(crate) writable: bool,
 }
 
@@ -94,6 +96,7 @@ impl Poller {
             tell(Ready {
                 token: event.token(),
                 readable: event.is_readable() || closed,
+                ended: closed,
                 writable: event.is_writable() || event.is_write_closed() || event.is_error(),
             });
         }

@@ -9,6 +9,9 @@ use mio::net::TcpStream;
 
 use super::poll::{Poller, Ready};
 
+/// What a quiet connection brings at once is less than this.
+const FEW_BYTES: usize = 1024;
+
 /// A non-blocking TCP socket that remembers what it may do.
 ///
 /// Readiness is edge-triggered, so `can_read` and `can_write` hold until an
@@ -21,6 +24,8 @@ pub(crate) struct Socket {
     token: Token,
     can_read: bool,
     can_write: bool,
+    /// The peer sends no more: of its end, nothing will tell again.
+    ended: bool,
     received: u64,
     sent: u64,
     abandoned: bool,
@@ -36,6 +41,7 @@ impl Socket {
             token,
             can_read: false,
             can_write: false,
+            ended: false,
             received: 0,
             sent: 0,
             abandoned: false,
@@ -69,6 +75,7 @@ impl Socket {
         let mine = ready.token == self.token;
         self.can_read |= mine && ready.readable;
         self.can_write |= mine && ready.writable;
+        self.ended |= mine && ready.ended;
         mine
     }
 
@@ -89,6 +96,15 @@ impl Socket {
         self.abandoned = true;
     }
 
+    /// Whether a read of `count` bytes into room for more has left nothing, so that
+    /// a system call need not say so. epoll(7): what comes later is reported anew;
+    /// but not the end of the stream if it was reported with these bytes. Windows
+    /// reports nothing before a read has found nothing. Where much was there, more
+    /// has probably come meanwhile, which is worth the call.
+    fn is_emptied_by(&self, count: usize, room: usize) -> bool {
+        cfg!(unix) && count > 0 && count < room.min(FEW_BYTES) && !self.ended
+    }
+
     /// Guarantees that the connection is over and no longer watched, whatever
     /// the peer does.
     pub(crate) fn release(&mut self, poller: &mut Poller) {
@@ -106,7 +122,10 @@ impl Read for Socket {
         }
         let read = uninterrupted(|| self.stream.read(buf));
         match &read {
-            Ok(count) => self.received += *count as u64,
+            Ok(count) => {
+                self.received += *count as u64;
+                self.can_read = !self.is_emptied_by(*count, buf.len());
+            }
             Err(error) => self.can_read = error.kind() != io::ErrorKind::WouldBlock,
         }
         read

@@ -485,6 +485,12 @@ fn watch(k: &mut Kernel, sock: usize, setup: &Setup) {
         k.broken("half-open-found", || format!("conn {index}, sock {sock} is long dead"));
     }
     let it = &k.net.socks[sock];
+    let conn = &k.ck.conns[index];
+    let waits = it.last_arrival.max(it.last_read).max(conn.unblocked).max(conn.upgraded);
+    if it.is_unread() && k.now > waits + SLACK {
+        k.broken("reads-on", || format!("conn {index} leaves sock {sock} unread"));
+    }
+    let it = &k.net.socks[sock];
     if let Some(since) = it.tx_full_since
         && k.now > since + nanos(setup.write) + SLACK
     {

@@ -32,6 +32,7 @@ bugs! {
     // The pipeline.
     TimerOfAnOlderBatch, EmptyBatch, BatchTooLarge, MissedFlushOnStop, RateExceeded,
     SettledTwice, AcknowledgedBeforeOutcome, OvertakenInItsKey, RetriedForEver,
+    EndUntold,
     // Found where each call fails in its turn.
     ReadErrorSwallowed, WakeErrorSwallowed,
 }

@@ -134,7 +134,7 @@ pub(crate) fn connect(addr: SocketAddr, black_hole: bool) -> usize {
         let rates = &k.sv.rates;
         let (dribble, slow) = (rates.dribble, rates.slow);
         if dribble && k.chance(0.3) {
-            k.net.socks[sock].read_most = k.pick(&[1, 7, 40, 100, 1460, 1460]);
+            k.net.socks[sock].read_most = k.pick(&[40, 40, 100, 100, 1460, 1460]);
             k.net.socks[sock].write_most = k.pick(&[1, 3, 11, 200, 1460, 1460]);
         }
         if k.chance(0.3) {

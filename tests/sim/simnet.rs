@@ -89,6 +89,13 @@ impl Net {
     }
 }
 
+impl Sock {
+    /// Whether the client has something to read.
+    pub(crate) fn is_unread(&self) -> bool {
+        self.frozen.is_none() && (!self.rx.is_empty() || self.fin)
+    }
+}
+
 /// Something arrives at the client's end.
 pub(crate) fn arrive(k: &mut Kernel, sock: usize, arrival: Arrival) {
     let now = k.now;
@@ -227,6 +234,11 @@ pub(crate) mod net {
                 }
                 it.down -= count;
                 it.last_read = now;
+                // A system gives all that it has. What comes in pieces here has
+                // come in pieces there, each of them reported.
+                if count < buf.len() && !it.rx.is_empty() {
+                    k.net.edge(self.0, true, false);
+                }
                 Ok(count)
             })
         }
@@ -402,6 +414,7 @@ pub(crate) struct Event {
     read: bool,
     write: bool,
     error: bool,
+    ended: bool,
 }
 
 impl Poll {
@@ -432,7 +445,8 @@ impl Poll {
                 let (read, write) = std::mem::take(&mut it.edge);
                 if let Some((_, token)) = it.poller {
                     let error = it.reset || it.life == Life::Refused;
-                    events.0.push(Event { token: Token(token), read, write, error });
+                    let ended = it.fin && !planted(Bug::EndUntold);
+                    events.0.push(Event { token: Token(token), read, write, error, ended });
                 }
             }
             if planted(Bug::LostEdge) && k.chance(0.02) {
@@ -514,7 +528,7 @@ impl Event {
     }
 
     pub(crate) fn is_read_closed(&self) -> bool {
-        self.error
+        self.error || self.ended
     }
 
     pub(crate) fn is_write_closed(&self) -> bool {

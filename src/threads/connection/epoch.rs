@@ -19,12 +19,17 @@ use crate::logic::connection::Input;
 use crate::logic::heartbeat::{Beat, Liveness};
 use crate::message::BlockBuilder;
 
-/// Messages written before the other concerns get a look.
+/// Messages written, or read while somebody sends, before the other concerns get
+/// a look.
 const BUDGET: usize = 256;
 
 /// Frames read between two looks at what was posted: a flooding peer must not
 /// starve those who send, or close.
 const LOOK: usize = 64;
+
+/// Who sends now will probably send again soon, and shall not wait for long: so
+/// long, a turn reads less.
+const SENDING: Duration = Duration::from_millis(100);
 
 /// Messages of a session that may wait for a server that does not read.
 const MAX_BACKLOG: usize = 16 * MAX_SENDS;
@@ -66,6 +71,8 @@ pub(super) struct Epoch<'c> {
     last_block: (usize, usize),
     /// Whether the socket, or a buffer above it, may hold more.
     more: bool,
+    /// When a program's message was written last.
+    sent_at: Option<Instant>,
     /// Whether the reader is stopped because the queue is full.
     blocked: bool,
     /// The session's own heartbeat: its interval, and when the next is due.
@@ -131,6 +138,7 @@ impl<'c> Epoch<'c> {
             last_block: (0, 0),
             // The first frames may have come with the upgrade's answer.
             more: true,
+            sent_at: None,
             blocked,
             beat: None,
             ping: None,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{BLOCK_BYTES, Epoch, EpochEnd, LOOK, Leaving, gather, origin};
+use super::{BLOCK_BYTES, BUDGET, Epoch, EpochEnd, LOOK, Leaving, SENDING, gather, origin};
 use crate::error::{Error, ErrorKind};
 use crate::event::EventKind;
 use crate::handler::Resume;
@@ -35,7 +35,8 @@ impl Epoch<'_> {
         let mut gather =
             gather(&policy.ids, self.connection.index, self.number, self.sequence, now);
         if guest.passes_on() {
-            let read = gather.take_run(&mut self.ws, policy.block_messages);
+            let most = self.most(policy.block_messages, now);
+            let read = gather.take_run(&mut self.ws, most);
             let found = gather.block.len() as u64;
             if found > 0 || !matches!(read, Ok(true)) {
                 self.more = *read.as_ref().unwrap_or(&true);
@@ -71,6 +72,12 @@ impl Epoch<'_> {
             if full { (gather.block.len(), gather.block.text_bytes()) } else { (0, 0) };
         self.note_reading(messages, frames > 0, now);
         self.hand_over(gather, skipped).and(end)
+    }
+
+    /// How many messages a turn reads at most.
+    fn most(&self, block: usize, now: Instant) -> usize {
+        let sends = self.sent_at.is_some_and(|at| now.saturating_duration_since(at) < SENDING);
+        if sends { block.min(BUDGET) } else { block }
     }
 
     /// Whether others want a turn: a flooding peer must not starve them.

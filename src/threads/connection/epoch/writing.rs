@@ -11,7 +11,7 @@ impl Epoch<'_> {
     pub(super) fn write(&mut self, now: Instant) -> Result<(), EpochEnd> {
         self.write_backlog()?;
         if self.may_send() {
-            self.write_outbox()?;
+            self.write_outbox(now)?;
         }
         self.flush(now)?;
         self.say_goodbye(now)
@@ -48,12 +48,13 @@ impl Epoch<'_> {
         Ok(())
     }
 
-    pub(super) fn write_outbox(&mut self) -> Result<(), EpochEnd> {
+    pub(super) fn write_outbox(&mut self, now: Instant) -> Result<(), EpochEnd> {
         for _ in 0..BUDGET {
             if !self.ws.has_room() {
                 break;
             }
             let Some(message) = self.connection.peer().inbox.pop() else { break };
+            self.sent_at = Some(now);
             match self.ws.send(&message) {
                 Ok(Sent::Queued) => self.connection.peer().metrics.messages_sent.add(1),
                 Ok(Sent::Full) => {
