@@ -477,6 +477,7 @@ impl fmt::Debug for BlockBuilder {
 mod tests {
     use super::*;
     use crate::message::Message;
+    use proptest::prelude::*;
 
     fn builder() -> BlockBuilder {
         BlockBuilder::new(0, 1, crate::io::clock::Clock::real().now())
@@ -583,5 +584,72 @@ mod tests {
         assert_eq!(asked, (0..200).collect::<Vec<_>>());
         let kept: Vec<u64> = messages(block).into_iter().map(|(.., n)| n).collect();
         assert_eq!(kept, (0..200).filter(|n| n % 3 == 2).collect::<Vec<_>>());
+    }
+
+    fn payload() -> impl Strategy<Value = (bool, Vec<u8>)> {
+        let text = "[a-z ß€😀]{0,6}".prop_map(String::into_bytes);
+        let piece = prop_oneof![Just(vec![0xe2]), Just(vec![0x82, 0xac]), Just(vec![0xc3, b' '])];
+        let payload =
+            prop_oneof![20 => text, 1 => piece, 1 => proptest::collection::vec(any::<u8>(), 0..4)];
+        (any::<bool>(), payload)
+    }
+
+    proptest! {
+        #[test]
+        fn a_run_that_is_taken_over_is_what_copies_one_by_one_would_be(
+            payloads in proptest::collection::vec(payload(), 1..40),
+            all_text in prop_oneof![Just(None), any::<bool>().prop_map(Some)],
+            fresh in proptest::collection::vec(any::<bool>(), 40),
+            spare in any::<bool>(),
+        ) {
+            let payloads: Vec<_> = payloads
+                .into_iter()
+                .map(|(text, bytes)| (all_text.unwrap_or(text), bytes))
+                .collect();
+            let mut expected = Vec::new();
+            let mut broken = None;
+            for ((text, bytes), n) in payloads.iter().zip(5_u64..) {
+                if *text && let Err(error) = std::str::from_utf8(bytes) {
+                    broken = Some(error);
+                    break;
+                }
+                expected.push((*text, bytes.clone(), n));
+            }
+            let borrowed: Vec<_> = payloads.iter().map(|(text, b)| (*text, &b[..])).collect();
+            let spares = Spares::new();
+            let mut block = builder();
+            let taken = block.adopt(run(&borrowed, spare.then(|| spares.home())), 5);
+            prop_assert_eq!(taken.err(), broken);
+            prop_assert_eq!(block.len(), expected.len());
+            let mut n = 0;
+            block.identify(|data| {
+                n += 1;
+                let (text, bytes, _) = &expected[n - 1];
+                assert_eq!((data.as_bytes(), matches!(data, Data::Text(_))), (&bytes[..], *text));
+                (n % 3 > 0).then(|| MessageId::new(n as u128))
+            });
+            block.retain(|ids, verdicts| {
+                for (id, verdict) in ids.iter().zip(verdicts) {
+                    if let Some(id) = id {
+                        *verdict = fresh[id.to_u128() as usize - 1];
+                    }
+                }
+            });
+            let left: Vec<_> = expected
+                .iter()
+                .filter(|(.., n)| (n - 4) % 3 == 0 || fresh[*n as usize - 5])
+                .cloned()
+                .collect();
+            let bytes: usize = left.iter().map(|(_, bytes, _)| bytes.len()).sum();
+            prop_assert_eq!(block.bytes(), bytes);
+            let block = block.finish();
+            prop_assert_eq!(block.bytes(), bytes);
+            for (message, (text, bytes, n)) in block.zip(left) {
+                let id = Some(n - 4).filter(|n| n % 3 > 0).map(|n| MessageId::new(n.into()));
+                prop_assert_eq!(message.id(), id);
+                let told = (message.is_text(), message.to_vec(), message.metadata().sequence);
+                prop_assert_eq!(told, (text, bytes, n));
+            }
+        }
     }
 }
