@@ -20,6 +20,11 @@ const WRITE_BUFFER: usize = 64 * 1024;
 /// tungstenite reads control frames and fragments only, out of a larger buffer.
 const CONTROL_BUFFER: usize = 1024;
 
+/// tungstenite takes the memory for a frame on the word of its head: what it is to
+/// read, which is no whole message, may not be longer, however large messages may
+/// be. The allocation would end the process.
+const MAX_FRAGMENT: usize = 1 << 30;
+
 /// Bytes of pongs that may wait for a server that does not read; of the pings
 /// behind them, the last one is answered (RFC 6455, section 5.5.3).
 const MAX_PONGS: u64 = 64 * 1024;
@@ -82,7 +87,7 @@ impl<S: Read + Write> Websocket<S> {
             // One message of the largest size fits behind a full buffer.
             .max_write_buffer_size(limits.max_message.saturating_add(2 * WRITE_BUFFER))
             .max_message_size(Some(limits.max_message))
-            .max_frame_size(Some(limits.max_message));
+            .max_frame_size(Some(limits.max_message.min(MAX_FRAGMENT)));
         let feed = Feed::new(stream, rest, limits.read_buffer, limits.max_message);
         let ws = tungstenite::WebSocket::from_raw_socket(feed, Role::Client, Some(config));
         Self { ws, produced: 0, pongs: 0, late: None, unfinished: VecDeque::new(), dirty: false }
@@ -521,6 +526,26 @@ mod tests {
         let mut ws = Websocket::new(pieces, Vec::new(), limits);
         let error = ws.read(|_| panic!("it is not complete")).unwrap_err();
         assert_eq!(error.kind(), &ErrorKind::Io(io::ErrorKind::UnexpectedEof));
+    }
+
+    #[test]
+    fn no_length_of_a_frame_is_too_long_to_be_refused_or_waited_for() {
+        let limits = Limits { read_buffer: 1024, max_message: usize::MAX };
+        let eof = ErrorKind::Io(io::ErrorKind::UnexpectedEof);
+        // A message, a fragment, a ping, and a frame with reserved bits.
+        for first in [0x82, 0x02, 0x89, 0xf2] {
+            for len in [1 << 62, i64::MAX as u64, 1 << 63, u64::MAX - 9, u64::MAX] {
+                let mut bytes = long(len, 5000);
+                bytes[0] = first;
+                let mut ws = Websocket::new(Pieces::new(&bytes, &[1000]), Vec::new(), limits);
+                let mut block = BlockBuilder::new(0, 1, crate::io::clock::Clock::real().now());
+                assert!(ws.read_run(10, &mut block, 1).is_ok() && block.len() == 0);
+                let error = ws.read(|_| panic!("it is not complete")).unwrap_err();
+                let waits = first == 0x82 && len < 1 << 63;
+                let expected = if waits { &eof } else { &ErrorKind::TooLarge };
+                assert_eq!(error.kind(), expected, "{first:x} of {len:x}");
+            }
+        }
     }
 
     #[test]
