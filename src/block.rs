@@ -26,8 +26,8 @@ const ARENA: usize = 1 << 30;
 /// Buffers that wait for their next use, for each connection.
 const SPARES: usize = 4;
 
-/// A run whose fresh messages are less than half of it is copied, so that a few
-/// messages do not keep the memory of many.
+/// When what is fresh in a block is less than half of it, that is copied, so that
+/// a few messages do not keep the memory of many.
 const SPARSE: usize = 2;
 
 /// Messages that are judged together.
@@ -189,6 +189,18 @@ impl BlockData {
             None => Data::Binary(self.bytes_of(entry)),
         }
     }
+
+    /// As it would be put into another block: what is large is shared.
+    fn payload_of(&self, entry: &Entry) -> Payload<'_> {
+        match entry.kind {
+            Kind::Text => Payload::Text(&self.text[entry.range()]),
+            Kind::Binary => Payload::Binary(&self.binary[entry.range()]),
+            Kind::Large => match &self.large[entry.start as usize] {
+                Large::Text(text) => Payload::OwnedText(text.clone()),
+                Large::Binary(bytes) => Payload::OwnedBinary(bytes.clone()),
+            },
+        }
+    }
 }
 
 impl Drop for BlockData {
@@ -228,6 +240,8 @@ pub(crate) struct BlockBuilder {
     data: BlockData,
     /// Payload bytes of its messages.
     bytes: usize,
+    /// Some of the messages that it holds the bytes of are no longer in it.
+    thinned: bool,
 }
 
 impl BlockBuilder {
@@ -246,6 +260,7 @@ impl BlockBuilder {
                 home: None,
             },
             bytes: 0,
+            thinned: false,
         }
     }
 
@@ -390,6 +405,7 @@ impl BlockBuilder {
                 kept += 1;
             }
         }
+        self.thinned |= kept < entries.len();
         entries.truncate(kept);
         ids.truncate(kept);
         self.bytes -= dropped;
@@ -397,9 +413,7 @@ impl BlockBuilder {
 
     /// What is to be a block, and its payload bytes.
     pub(crate) fn build(mut self) -> (BlockData, usize) {
-        if self.data.home.is_some()
-            && self.bytes * SPARSE < self.data.text.len().max(self.data.binary.len())
-        {
+        if (self.thinned || self.data.home.is_some()) && self.bytes * SPARSE < self.held() {
             self.condense();
         }
         if !self.data.ids.is_empty() {
@@ -408,18 +422,23 @@ impl BlockBuilder {
         (self.data, self.bytes)
     }
 
+    /// Payload bytes in its memory.
+    fn held(&self) -> usize {
+        let BlockData { text, binary, large, .. } = &self.data;
+        let large: usize = large.iter().map(|large| large.bytes().len()).sum();
+        text.len().max(binary.len()) + large
+    }
+
     /// Puts its messages into memory that is no larger than they are.
     #[cold]
     #[inline(never)]
     fn condense(&mut self) {
         let data = &self.data;
         let mut own = Self::new(data.connection, data.epoch, data.received_at);
-        own.reserve(data.entries.len(), if data.binary.is_empty() { self.bytes } else { 0 });
+        let alike = data.binary.is_empty() && data.large.is_empty();
+        own.reserve(data.entries.len(), if alike { self.bytes } else { 0 });
         for (at, entry) in data.entries.iter().enumerate() {
-            let payload = match data.data_of(entry) {
-                Data::Text(text) => Payload::Text(text),
-                Data::Binary(bytes) => Payload::Binary(bytes),
-            };
+            let payload = data.payload_of(entry);
             let id = data.ids.get(at).copied().flatten();
             own.push(payload, data.base + u64::from(entry.sequence), id);
         }
@@ -477,6 +496,7 @@ impl fmt::Debug for BlockBuilder {
 mod tests {
     use super::*;
     use crate::message::Message;
+    use proptest::prelude::*;
 
     fn builder() -> BlockBuilder {
         BlockBuilder::new(0, 1, crate::io::clock::Clock::real().now())
@@ -568,6 +588,32 @@ mod tests {
     }
 
     #[test]
+    fn a_few_fresh_messages_do_not_keep_what_was_copied_or_is_large_and_seen_before() {
+        let large = |byte| Payload::OwnedBinary(vec![byte; 100_000].into());
+        let mut block = builder();
+        for n in 0..1000 {
+            block.push(Payload::Text("copied one by one"), 3 * n + 1, Some(MessageId::new(1)));
+            block.push(Payload::Binary(&[7; 50]), 3 * n + 2, Some(MessageId::new(1)));
+            if n % 100 == 0 {
+                let id = if n == 500 { 2 } else { 1 };
+                block.push(large(id as u8), 3 * n + 3, Some(MessageId::new(id)));
+            }
+        }
+        block.push(Payload::Text("fresh"), 3001, Some(MessageId::new(2)));
+        block.retain(|ids, fresh| {
+            ids.iter().zip(fresh).for_each(|(id, fresh)| *fresh = *id == Some(MessageId::new(2)));
+        });
+        let (data, bytes) = block.build();
+        assert_eq!((bytes, data.text.capacity() < 100, data.binary.capacity()), (100_005, true, 0));
+        assert_eq!((data.large.len(), data.ids.len()), (1, 2));
+        assert!(data.entries.capacity() < 10);
+        let told: Vec<_> = data.entries.iter().map(|e| data.base + u64::from(e.sequence)).collect();
+        assert_eq!(told, [1503, 3001]);
+        assert_eq!(data.bytes_of(&data.entries[0]), [2; 100_000]);
+        assert_eq!(data.text_of(&data.entries[1]), Some("fresh"));
+    }
+
+    #[test]
     fn groups_of_messages_are_judged_in_their_order() {
         let mut block = builder();
         for n in 0..200_u64 {
@@ -583,5 +629,72 @@ mod tests {
         assert_eq!(asked, (0..200).collect::<Vec<_>>());
         let kept: Vec<u64> = messages(block).into_iter().map(|(.., n)| n).collect();
         assert_eq!(kept, (0..200).filter(|n| n % 3 == 2).collect::<Vec<_>>());
+    }
+
+    fn payload() -> impl Strategy<Value = (bool, Vec<u8>)> {
+        let text = "[a-z ß€😀]{0,6}".prop_map(String::into_bytes);
+        let piece = prop_oneof![Just(vec![0xe2]), Just(vec![0x82, 0xac]), Just(vec![0xc3, b' '])];
+        let payload =
+            prop_oneof![20 => text, 1 => piece, 1 => proptest::collection::vec(any::<u8>(), 0..4)];
+        (any::<bool>(), payload)
+    }
+
+    proptest! {
+        #[test]
+        fn a_run_that_is_taken_over_is_what_copies_one_by_one_would_be(
+            payloads in proptest::collection::vec(payload(), 1..40),
+            all_text in prop_oneof![Just(None), any::<bool>().prop_map(Some)],
+            fresh in proptest::collection::vec(any::<bool>(), 40),
+            spare in any::<bool>(),
+        ) {
+            let payloads: Vec<_> = payloads
+                .into_iter()
+                .map(|(text, bytes)| (all_text.unwrap_or(text), bytes))
+                .collect();
+            let mut expected = Vec::new();
+            let mut broken = None;
+            for ((text, bytes), n) in payloads.iter().zip(5_u64..) {
+                if *text && let Err(error) = std::str::from_utf8(bytes) {
+                    broken = Some(error);
+                    break;
+                }
+                expected.push((*text, bytes.clone(), n));
+            }
+            let borrowed: Vec<_> = payloads.iter().map(|(text, b)| (*text, &b[..])).collect();
+            let spares = Spares::new();
+            let mut block = builder();
+            let taken = block.adopt(run(&borrowed, spare.then(|| spares.home())), 5);
+            prop_assert_eq!(taken.err(), broken);
+            prop_assert_eq!(block.len(), expected.len());
+            let mut n = 0;
+            block.identify(|data| {
+                n += 1;
+                let (text, bytes, _) = &expected[n - 1];
+                assert_eq!((data.as_bytes(), matches!(data, Data::Text(_))), (&bytes[..], *text));
+                (n % 3 > 0).then(|| MessageId::new(n as u128))
+            });
+            block.retain(|ids, verdicts| {
+                for (id, verdict) in ids.iter().zip(verdicts) {
+                    if let Some(id) = id {
+                        *verdict = fresh[id.to_u128() as usize - 1];
+                    }
+                }
+            });
+            let left: Vec<_> = expected
+                .iter()
+                .filter(|(.., n)| (n - 4) % 3 == 0 || fresh[*n as usize - 5])
+                .cloned()
+                .collect();
+            let bytes: usize = left.iter().map(|(_, bytes, _)| bytes.len()).sum();
+            prop_assert_eq!(block.bytes(), bytes);
+            let block = block.finish();
+            prop_assert_eq!(block.bytes(), bytes);
+            for (message, (text, bytes, n)) in block.zip(left) {
+                let id = Some(n - 4).filter(|n| n % 3 > 0).map(|n| MessageId::new(n.into()));
+                prop_assert_eq!(message.id(), id);
+                let told = (message.is_text(), message.to_vec(), message.metadata().sequence);
+                prop_assert_eq!(told, (text, bytes, n));
+            }
+        }
     }
 }

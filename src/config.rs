@@ -293,8 +293,8 @@ impl ClientBuilder {
     }
 
     /// The largest message in either direction, in bytes. A larger one from the
-    /// server is an unrecoverable error, found before memory is taken for it.
-    /// Defaults to 64 MiB.
+    /// server is an unrecoverable error, found before memory is taken for it. So
+    /// is a fragment of more than 1 GiB, whatever the limit. Defaults to 64 MiB.
     pub fn max_message_size(mut self, bytes: usize) -> Self {
         self.limits.max_message = bytes;
         self

@@ -11,8 +11,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use broadsock::crossbeam_channel::bounded;
-use broadsock::testing::{Script, Server};
-use broadsock::{Backoff, Client, ClientBuilder, ErrorKind, Intensity};
+use broadsock::testing::{Script, Server, TestMessage};
+use broadsock::{
+    Backoff, Client, ClientBuilder, ErrorKind, Intensity, Message, Pipeline, Pull, Source, Stop,
+};
 use scenes::LONG;
 
 #[test]
@@ -26,6 +28,7 @@ fn nothing_is_left_behind() {
     reconnects();
     reconnects_over_tls();
     losses_by_fin();
+    what_came_with_a_message_that_is_tried_again();
     too_few_descriptors_for_every_thread();
 }
 
@@ -149,6 +152,44 @@ fn losses_by_fin() {
 }
 
 /// In a process of its own, for the limit is the process's.
+/// In flight, one of 64 that a pull brought must not keep the others in memory.
+fn what_came_with_a_message_that_is_tried_again() {
+    const ALL: u64 = 1600;
+    let mut sent = 0;
+    let source = Pulls(move |most| {
+        let count = 64.min(most).min((ALL - sent) as usize);
+        let message = |n| TestMessage::text("x".repeat(500_000)).sequence(sent + n as u64).build();
+        let messages: Vec<Message> = (1..=count).map(message).collect();
+        sent += count as u64;
+        if messages.is_empty() { Pull::Ended } else { Pull::Messages(messages) }
+    });
+    let before = resident();
+    let handle = |message: &Message| match message.metadata().sequence % 64 {
+        1 => Err("to be tried again"),
+        _ => Ok(()),
+    };
+    let pipeline = Pipeline::each(handle)
+        .source(source)
+        .retries(2, Backoff::constant(LONG * 10))
+        .max_in_flight(128)
+        .start()
+        .unwrap();
+    let all_but_those = || pipeline.metrics().ledger.succeeded == ALL - ALL / 64;
+    assert!(wait(all_but_those).is_ok(), "{}", pipeline.metrics().ledger);
+    let grown = resident().saturating_sub(before);
+    assert!(grown < 200 << 20, "{} MiB for {} messages", grown >> 20, ALL / 64);
+    pipeline.stop(Duration::ZERO);
+}
+
+/// A source made of a function.
+struct Pulls<F>(F);
+
+impl<F: FnMut(usize) -> Pull + Send + 'static> Source for Pulls<F> {
+    fn pull(&mut self, most: usize, _: &Stop) -> Pull {
+        (self.0)(most)
+    }
+}
+
 fn too_few_descriptors_for_every_thread() {
     let ran = Command::new("sh")
         .args(["-c", r#"ulimit -n 40 && exec "$0" "$@""#])

@@ -102,7 +102,8 @@ impl<S: Read> Feed<S> {
             fragments: false,
             large: None,
             written: 0,
-            limit,
+            // No memory is larger, so a head and a length are a number still.
+            limit: limit.min(isize::MAX as usize),
         }
     }
 

@@ -20,6 +20,11 @@ const WRITE_BUFFER: usize = 64 * 1024;
 /// tungstenite reads control frames and fragments only, out of a larger buffer.
 const CONTROL_BUFFER: usize = 1024;
 
+/// tungstenite takes the memory for a frame on the word of its head: what it is to
+/// read, which is no whole message, may not be longer, however large messages may
+/// be. The allocation would end the process.
+const MAX_FRAGMENT: usize = 1 << 30;
+
 /// Bytes of pongs that may wait for a server that does not read; of the pings
 /// behind them, the last one is answered (RFC 6455, section 5.5.3).
 const MAX_PONGS: u64 = 64 * 1024;
@@ -82,7 +87,7 @@ impl<S: Read + Write> Websocket<S> {
             // One message of the largest size fits behind a full buffer.
             .max_write_buffer_size(limits.max_message.saturating_add(2 * WRITE_BUFFER))
             .max_message_size(Some(limits.max_message))
-            .max_frame_size(Some(limits.max_message));
+            .max_frame_size(Some(limits.max_message.min(MAX_FRAGMENT)));
         let feed = Feed::new(stream, rest, limits.read_buffer, limits.max_message);
         let ws = tungstenite::WebSocket::from_raw_socket(feed, Role::Client, Some(config));
         Self { ws, produced: 0, pongs: 0, late: None, unfinished: VecDeque::new(), dirty: false }
@@ -407,6 +412,7 @@ mod stream_tests;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::message::Message;
     use proptest::prelude::*;
 
     /// A stream that gives a server's bytes in pieces, with nothing in between.
@@ -523,6 +529,26 @@ mod tests {
     }
 
     #[test]
+    fn no_length_of_a_frame_is_too_long_to_be_refused_or_waited_for() {
+        let limits = Limits { read_buffer: 1024, max_message: usize::MAX };
+        let eof = ErrorKind::Io(io::ErrorKind::UnexpectedEof);
+        // A message, a fragment, a ping, and a frame with reserved bits.
+        for first in [0x82, 0x02, 0x89, 0xf2] {
+            for len in [1 << 62, i64::MAX as u64, 1 << 63, u64::MAX - 9, u64::MAX] {
+                let mut bytes = long(len, 5000);
+                bytes[0] = first;
+                let mut ws = Websocket::new(Pieces::new(&bytes, &[1000]), Vec::new(), limits);
+                let mut block = BlockBuilder::new(0, 1, crate::io::clock::Clock::real().now());
+                assert!(ws.read_run(10, &mut block, 1).is_ok() && block.len() == 0);
+                let error = ws.read(|_| panic!("it is not complete")).unwrap_err();
+                let waits = first == 0x82 && len < 1 << 63;
+                let expected = if waits { &eof } else { &ErrorKind::TooLarge };
+                assert_eq!(error.kind(), expected, "{first:x} of {len:x}");
+            }
+        }
+    }
+
+    #[test]
     fn a_message_above_what_is_taken_at_once_arrives_whole() {
         let limits = Limits { read_buffer: 1024, max_message: usize::MAX };
         let len = (64 << 20) + 100;
@@ -568,14 +594,21 @@ mod tests {
 
     /// What is read here, as a connection reads: in runs of up to `most` where
     /// there are any, else one by one; without runs if `most` is 0.
-    fn read_here(bytes: &[u8], rest: usize, sizes: &[usize], most: usize) -> Vec<String> {
+    fn read_here(
+        bytes: &[u8],
+        rest: usize,
+        sizes: &[usize],
+        most: usize,
+        read_buffer: usize,
+    ) -> Vec<String> {
         let rest = rest.min(bytes.len());
-        let limits = Limits { read_buffer: 1024, max_message: LIMIT };
+        let limits = Limits { read_buffer, max_message: LIMIT };
         let pieces = Pieces::new(&bytes[rest..], sizes);
         let mut ws = Websocket::new(pieces, bytes[..rest].to_vec(), limits);
-        let mut seen = Vec::new();
+        let (mut seen, mut kept) = (Vec::new(), VecDeque::new());
         loop {
-            let run = if most > 0 { read_one_run(&mut ws, most, &mut seen) } else { Ok(true) };
+            let run =
+                if most > 0 { read_one_run(&mut ws, most, &mut seen, &mut kept) } else { Ok(true) };
             match run {
                 Ok(true) => {}
                 Ok(false) => continue,
@@ -605,6 +638,7 @@ mod tests {
         ws: &mut Websocket<Pieces>,
         most: usize,
         seen: &mut Vec<String>,
+        kept: &mut VecDeque<(String, Message)>,
     ) -> Result<bool, Error> {
         let mut block = BlockBuilder::new(0, 1, crate::io::clock::Clock::real().now());
         let more = ws.read_run(most, &mut block, 1);
@@ -612,15 +646,25 @@ mod tests {
         assert!(count <= most);
         let bytes = block.bytes();
         let messages: Vec<_> = block.finish().collect();
-        assert_eq!(messages.iter().map(crate::message::Message::len).sum::<usize>(), bytes);
+        assert_eq!(messages.iter().map(Message::len).sum::<usize>(), bytes);
         for (at, message) in messages.iter().enumerate() {
             assert_eq!(message.metadata().sequence, at as u64 + 1);
-            seen.push(told(match message.text() {
-                Some(text) => crate::handler::Data::Text(text),
-                None => crate::handler::Data::Binary(message.as_bytes()),
-            }));
+            seen.push(told_of(message));
+            kept.push_back((told_of(message), message.clone()));
+        }
+        // Some blocks outlive the next runs; the memory of others is used again.
+        while kept.len() > 7 {
+            let (told, message) = kept.pop_front().unwrap();
+            assert_eq!(told, told_of(&message));
         }
         Ok(more? && count == 0)
+    }
+
+    fn told_of(message: &Message) -> String {
+        told(match message.text() {
+            Some(text) => crate::handler::Data::Text(text),
+            None => crate::handler::Data::Binary(message.as_bytes()),
+        })
     }
 
     fn told(data: crate::handler::Data<'_>) -> String {
@@ -673,9 +717,10 @@ mod tests {
             1 => fragment.prop_map(|(first, payload)| frame(first, payload.as_bytes(), false)),
             1 => odd.prop_map(|(first, payload)| frame(first, &payload, false)),
             1 => Just(frame(0x81, b"masked", true)),
+            1 => proptest::collection::vec(any::<u8>(), 0..9).prop_map(|b| frame(0x81, &b, false)),
             1 => Just(frame(0x88, &[3, 232], false)),
         ];
-        proptest::collection::vec(one, 0..20).prop_map(|frames| frames.concat())
+        proptest::collection::vec(one, 0..60).prop_map(|frames| frames.concat())
     }
 
     proptest! {
@@ -690,7 +735,10 @@ mod tests {
             let bytes = &bytes[..bytes.len() - cut.min(bytes.len())];
             let reference = reference(bytes, &sizes);
             for most in [0, 1, 5, 1000] {
-                prop_assert_eq!(&read_here(bytes, rest, &sizes, most), &reference, "most {}", most);
+                for buffer in [1024, 2048, 5000] {
+                    let read = read_here(bytes, rest, &sizes, most, buffer);
+                    prop_assert_eq!(&read, &reference, "most {}, buffer {}", most, buffer);
+                }
             }
         }
     }

@@ -984,6 +984,58 @@ mod tests {
         }
     }
 
+    /// An id of one of a few `high` parts, most of which share no line, and one of
+    /// a few low ones: so some paths through the table are as likely as others.
+    fn crowded() -> impl Strategy<Value = u128> {
+        (0u128..20, 0u128..5).prop_map(|(high, low)| {
+            let high = (high * 0x0666_6666) & 0x7fff_ffff;
+            high << 64 | low
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn the_window_is_exact_whichever_path_an_id_takes(
+            capacity in 1usize..90,
+            ttl in prop::option::of(1u64..40),
+            first in prop_oneof![Just(0u64), 1u64..5000],
+            steps in prop::collection::vec((0u8..40, crowded(), 0u64..6), 1..600),
+        ) {
+            let ttl = ttl.map(secs);
+            let mut now = some_instant();
+            let mut window = Dedup::new(capacity, ttl);
+            window.accepted = first;
+            let mut model = Model { capacity, ttl, last: VecDeque::new() };
+            for (step, id, wait) in steps {
+                match step {
+                    0 => now += secs(wait),
+                    1..4 => {
+                        window.done(id);
+                        model.done(id);
+                    }
+                    4..8 => {
+                        let known = model.state(id, now).is_some();
+                        prop_assert!(window.forget(id) || !known);
+                        model.forget(id);
+                    }
+                    _ => prop_assert_eq!(window.accept(id, now), model.accept(id, now)),
+                }
+                prop_assert_eq!(window.state(id, now), model.state(id, now), "id {:x}", id);
+                let used = window.lines.iter().map(Line::used).sum::<usize>();
+                let grows = window.lines.len() < window.most_lines;
+                prop_assert!(!grows || window.used == used, "{} of {}", window.used, used);
+                prop_assert!(window.len() <= 5 * (capacity + 4));
+                for (index, line) in window.lines.iter().enumerate() {
+                    let spilled = window.spill.keys().filter(|key| window.index(**key) == index);
+                    let spilled = spilled.count() as u32;
+                    prop_assert!(line.spilled() == MANY_SPILLED || line.spilled() == spilled
+                        || spilled == 0, "{} of {}", line.spilled(), spilled);
+                    prop_assert!(line.spilled() >= spilled.min(MANY_SPILLED));
+                }
+            }
+        }
+    }
+
     /// `cargo test --release --lib dedup -- --ignored --nocapture`
     #[test]
     #[ignore = "a measurement, not a promise"]

@@ -229,8 +229,11 @@ impl Run {
     fn append(runs: &mut Vec<Self>, pulled: &Arc<Pulled>, member: Member, room: usize) {
         match runs.last_mut() {
             Some(run) if Arc::ptr_eq(&run.pulled, pulled) => run.members.push(member),
-            _ => {
-                let mut members = Vec::with_capacity(room.min(pulled.messages.len()));
+            last => {
+                // Pulls that were mixed before go on being so: room for all that may
+                // come would be taken for each message.
+                let usual = last.map_or(usize::MAX, |run| run.members.len());
+                let mut members = Vec::with_capacity(room.min(pulled.messages.len()).min(usual));
                 members.push(member);
                 runs.push(Self { pulled: Arc::clone(pulled), members });
             }
@@ -307,6 +310,17 @@ mod tests {
         let again = Chunk::again(vec![ticket]);
         again.begin();
         assert_eq!((again.ticket(0).attempts, again.messages().len()), (3, 1));
+    }
+
+    #[test]
+    fn messages_of_mixed_pulls_take_no_room_for_those_that_do_not_follow() {
+        let pulls = [Chunk::range(&pulled(256), 0..256), Chunk::range(&pulled(256), 0..256)];
+        let mut runs = Vec::new();
+        for row in 0..256 {
+            pulls.iter().for_each(|pull| Run::add(&mut runs, &pull.ticket(row), 512 - 2 * row));
+        }
+        let room: usize = runs[1..].iter().map(|run| run.members.capacity()).sum();
+        assert_eq!((runs.len(), room), (512, 511));
     }
 
     #[test]

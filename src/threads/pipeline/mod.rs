@@ -450,21 +450,22 @@ impl<H: Handler> Flow<H> {
     }
 
     /// Turns a reservation into accepted messages, and gives up the rest;
-    /// returns the number of this pull, if it brought any.
+    /// returns what there is to deal out.
     pub(crate) fn accept(
         &self,
         source: usize,
         messages: Vec<Message>,
         reserved: usize,
-    ) -> Option<Arc<Pulled>> {
+    ) -> Vec<Arc<Pulled>> {
         let now = self.clock.now();
+        let brought = messages.len();
+        let portions = source::portions(messages);
         let mut state = lock(&self.state);
         state.reserved -= reserved;
-        let gives_up = messages.len() < reserved && state.waiting > 0;
-        let pulled = state.register.accept(now, source, messages);
-        if let Some(pulled) = &pulled {
-            self.counters.upstream.add(count(pulled.messages.len()));
-        }
+        let gives_up = brought < reserved && state.waiting > 0;
+        let accept = |messages| state.register.accept(now, source, messages);
+        let pulled: Vec<_> = portions.into_iter().filter_map(accept).collect();
+        self.counters.upstream.add(pulled.iter().map(|pulled| count(pulled.messages.len())).sum());
         drop(state);
         if gives_up {
             self.changed.notify_all();

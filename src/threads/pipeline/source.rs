@@ -19,6 +19,10 @@ const CLOSE: Duration = Duration::from_secs(5);
 /// Messages asked of a source at once, if its share of the room is so large.
 const PULL: usize = 256;
 
+/// Payload bytes that are accepted together: a message keeps the others in memory
+/// until all of them are settled, but no more than this of them.
+const PORTION: usize = 256 * 1024;
+
 /// The thread's body.
 pub(crate) fn run<H: Handler>(flow: &Arc<Flow<H>>, index: usize, source: Box<dyn Source>) {
     let mut intake = Intake { flow, index, source, state: State::Open };
@@ -71,7 +75,7 @@ impl<H: Handler> Intake<'_, H> {
             let pulled = self.pull(room);
             let has_ended = pulled.is_none();
             let accepted = self.flow.accept(self.index, pulled.unwrap_or_default(), room);
-            if accepted.is_some_and(|pulled| !self.deal(&pulled)) || has_ended {
+            if !accepted.into_iter().all(|pulled| self.deal(&pulled)) || has_ended {
                 return;
             }
         }
@@ -259,6 +263,26 @@ impl<H: Handler> Flow<H> {
     pub(crate) fn lane_of(&self, partition: Option<u64>) -> usize {
         (partition.unwrap_or(0) % self.lanes.len() as u64) as usize
     }
+}
+
+/// What a pull brought, in portions whose messages may keep each other in memory.
+pub(crate) fn portions(messages: Vec<Message>) -> Vec<Vec<Message>> {
+    if messages.iter().map(Message::len).sum::<usize>() <= PORTION {
+        return vec![messages];
+    }
+    let mut portions: Vec<Vec<Message>> = Vec::new();
+    let mut bytes = 0;
+    for message in messages {
+        bytes += message.len();
+        match portions.last_mut() {
+            Some(portion) if bytes <= PORTION => portion.push(message),
+            _ => {
+                bytes = message.len();
+                portions.push(vec![message]);
+            }
+        }
+    }
+    portions
 }
 
 /// A place in a pull, which is far smaller.
