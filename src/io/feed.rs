@@ -19,6 +19,10 @@ const SMALL: usize = 1024;
 /// larger grows with what arrives.
 const TRUSTED: usize = 64 << 20;
 
+/// A run ends with the message that fills so much: larger blocks would be coarse
+/// for a queue that is bounded in bytes.
+const RUN_BYTES: usize = 256 * 1024;
+
 /// The opcode of a close frame (RFC 6455, section 5.2).
 const CLOSE: u8 = 8;
 
@@ -152,7 +156,7 @@ impl<S: Read> Feed<S> {
         let buffer = &mut self.buffer[..self.end];
         let mut at = self.start;
         let may_go_on = loop {
-            if self.entries.len() == most {
+            if self.entries.len() == most || at - self.run >= RUN_BYTES {
                 break false;
             }
             match head(&buffer[at..]) {
