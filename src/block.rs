@@ -351,8 +351,9 @@ impl BlockBuilder {
 
     /// Looks for the id of each message.
     pub(crate) fn identify(&mut self, mut id: impl FnMut(Data<'_>) -> Option<MessageId>) {
-        let BlockData { entries, .. } = &self.data;
-        let ids = entries.iter().map(|entry| id(self.data.data_of(entry))).collect();
+        let mut ids = std::mem::take(&mut self.data.ids);
+        ids.clear();
+        ids.extend(self.data.entries.iter().map(|entry| id(self.data.data_of(entry))));
         self.data.ids = ids;
     }
 

@@ -134,7 +134,7 @@ impl<'a> Cursor<'a> {
             self.expect(b'"')?;
             let name = self.string()?;
             self.expect(b':')?;
-            if is_key(name, key) {
+            if name.is(key) {
                 return Some(());
             }
             self.value()?;
@@ -154,7 +154,7 @@ impl<'a> Cursor<'a> {
     /// Any value.
     fn value(&mut self) -> Option<Found<'a>> {
         match self.token()? {
-            b'"' => Some(Found { kind: TokenKind::String, raw: self.string()? }),
+            b'"' => Some(Found { kind: TokenKind::String, raw: self.string()?.raw }),
             b'{' => self.nested(TokenKind::Object),
             b'[' => self.nested(TokenKind::Array),
             b't' => self.word(TokenKind::Bool, b"true"),
@@ -167,17 +167,19 @@ impl<'a> Cursor<'a> {
 
     /// The rest of a string behind its opening quote: what stands before the
     /// closing one.
-    fn string(&mut self) -> Option<&'a [u8]> {
+    fn string(&mut self) -> Option<Text<'a>> {
         let start = self.at;
+        let mut escapes = false;
         loop {
             let rest = self.text.get(self.at..)?;
             let stop = rest.iter().position(|byte| matches!(byte, b'"' | b'\\'))?;
             self.at += stop;
             if rest[stop] == b'"' {
-                let raw = self.text.get(start..self.at);
+                let raw = self.text.get(start..self.at)?;
                 self.at += 1;
-                return raw;
+                return Some(Text { raw, escapes });
             }
+            escapes = true;
             self.at += 2;
         }
     }
@@ -208,8 +210,15 @@ impl<'a> Cursor<'a> {
     /// The rest of a number behind its first byte.
     fn number(&mut self) -> Option<Found<'a>> {
         let start = self.at - 1;
+        let rest = self.text.get(start..)?;
+        let digits = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
         let part = |byte: &u8| matches!(byte, b'0'..=b'9' | b'.' | b'e' | b'E' | b'+' | b'-');
-        self.at += self.text.get(self.at..)?.iter().take_while(|byte| part(byte)).count();
+        // Most numbers are digits and nothing else, and need no second look.
+        if digits > 0 && rest[0] != b'0' && !rest.get(digits).is_some_and(part) {
+            self.at = start + digits;
+            return self.found(TokenKind::Number, start);
+        }
+        self.at = start + rest.iter().take_while(|byte| part(byte)).count();
         self.found(TokenKind::Number, start).filter(|found| is_number(found.raw))
     }
 
@@ -225,11 +234,13 @@ impl<'a> Cursor<'a> {
     }
 
     /// This byte, after any white space.
+    #[inline]
     fn expect(&mut self, byte: u8) -> Option<()> {
         (self.token()? == byte).then_some(())
     }
 
     /// The next byte that is not white space.
+    #[inline]
     fn token(&mut self) -> Option<u8> {
         loop {
             let byte = self.byte()?;
@@ -239,6 +250,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
+    #[inline]
     fn byte(&mut self) -> Option<u8> {
         let byte = *self.text.get(self.at)?;
         self.at += 1;
@@ -246,12 +258,23 @@ impl<'a> Cursor<'a> {
     }
 }
 
-/// Whether a raw member name means `key`.
-fn is_key(raw: &[u8], key: &str) -> bool {
-    if raw.contains(&b'\\') {
-        unescaped(raw).is_some_and(|name| name == key.as_bytes())
-    } else {
-        raw == key.as_bytes()
+/// A string as it is written, without its quotes.
+#[derive(Clone, Copy)]
+struct Text<'a> {
+    raw: &'a [u8],
+    /// Whether what it means is not what it is written as.
+    escapes: bool,
+}
+
+impl Text<'_> {
+    /// Whether it means `key`.
+    #[inline]
+    fn is(self, key: &str) -> bool {
+        if self.escapes {
+            unescaped(self.raw).is_some_and(|name| name == key.as_bytes())
+        } else {
+            self.raw == key.as_bytes()
+        }
     }
 }
 
