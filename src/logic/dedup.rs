@@ -845,6 +845,29 @@ mod tests {
     }
 
     #[test]
+    fn every_number_is_swept_long_before_it_comes_again() {
+        let now = some_instant();
+        let mut window = Dedup::new(100, None);
+        (0..10_000).for_each(|id| assert!(window.accept(spread(id), now)));
+        let round = SWEEP_EVERY * window.lines.len() as u64;
+        let numbers = window.lines.iter().flat_map(|line| line.marks).filter(|mark| *mark != 0);
+        for number in numbers.map(|mark| u64::from(mark >> 1)) {
+            assert!(window.accepted - number <= window.capacity + round, "{number}");
+        }
+    }
+
+    #[test]
+    fn what_has_outlived_its_time_makes_room_in_its_line() {
+        let mut now = some_instant();
+        let mut window = Dedup::new(1000, Some(secs(10)));
+        for id in 0..20_000 {
+            now += Duration::from_millis(20);
+            assert!(window.accept(spread(id), now));
+        }
+        assert!(window.spill_order.len() < 60, "{} spilled", window.spill_order.len());
+    }
+
+    #[test]
     fn touching_changes_nothing() {
         let now = some_instant();
         let mut window = Dedup::new(100, None);
