@@ -2,8 +2,6 @@
 //! thread, and the waker that makes it look.
 
 use std::collections::VecDeque;
-use std::io;
-use std::net::SocketAddr;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -58,7 +56,7 @@ pub(crate) struct Signals {
     /// Nothing more is to be read before the close.
     pub(crate) stop_reading: bool,
     /// A DNS look-up ended.
-    pub(crate) addresses: Option<(u64, io::Result<Vec<SocketAddr>>)>,
+    pub(crate) looked_up: bool,
 }
 
 /// Why a message did not get into the outbox.
@@ -71,8 +69,8 @@ pub(crate) enum Refused {
 
 impl Signals {
     fn any(&self) -> bool {
-        let plain = self.fired || self.rearm || self.room || self.stop_reading;
-        plain || self.close.is_some() || self.addresses.is_some()
+        let plain = self.fired || self.rearm || self.room || self.stop_reading || self.looked_up;
+        plain || self.close.is_some()
     }
 }
 

@@ -28,8 +28,10 @@ use crate::threads::shared::Shared;
 use crate::torture;
 
 /// Seeds that found something in the crate, by what went wrong.
-const REGRESSIONS: &[(u64, &str)] =
-    &[(2058, "a_ping_that_the_socket_did_not_take_started_no_write_deadline")];
+const REGRESSIONS: &[(u64, &str)] = &[
+    (2058, "a_ping_that_the_socket_did_not_take_started_no_write_deadline"),
+    (1_009_920, "a_look_up_of_an_earlier_thread_was_taken_for_its_successors"),
+];
 
 const MS: u64 = 1_000_000;
 const SECOND: u64 = 1_000_000_000;

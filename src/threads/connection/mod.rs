@@ -13,7 +13,7 @@ mod ids;
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::monitor::Notice;
@@ -91,7 +91,6 @@ pub(crate) struct Connection {
     /// The earliest wake-up that the timer was asked for.
     armed: Option<Instant>,
     lookup: Option<Lookup>,
-    lookups: u64,
     shed: Shed,
     /// The client closes; the connection must be done by then.
     closing: Option<Instant>,
@@ -110,12 +109,15 @@ struct Shed {
 /// A DNS look-up under way. It cannot be interrupted, so there is at most one:
 /// the next attempt takes over what the last one could not wait for.
 struct Lookup {
-    id: u64,
     host: String,
     port: u16,
     handle: JoinHandle<()>,
-    result: Option<io::Result<Vec<SocketAddr>>>,
+    answer: Answer,
 }
+
+/// What one look-up found. Each has a place of its own: one that an earlier
+/// thread of the connection left behind may end at any time.
+type Answer = Arc<Mutex<Option<io::Result<Vec<SocketAddr>>>>>;
 
 impl Connection {
     /// Made by the monitor, so that a lack of descriptors is its to handle.
@@ -135,7 +137,6 @@ impl Connection {
             resume,
             armed: None,
             lookup: None,
-            lookups: 0,
             shed: Shed::default(),
             closing: None,
             quiet: false,
@@ -283,11 +284,6 @@ impl Connection {
             self.armed = None;
         }
         self.tell_shed_in_time();
-        if let Some((id, result)) = signals.addresses
-            && let Some(lookup) = self.lookup.as_mut().filter(|lookup| lookup.id == id)
-        {
-            lookup.result = Some(result);
-        }
     }
 
     /// Makes sure that the timer wakes this thread at `at` or earlier.
@@ -365,19 +361,20 @@ impl Connection {
     }
 
     fn start_lookup(&mut self, host: &str, port: u16) -> Result<(), Error> {
-        self.lookups += 1;
-        let id = self.lookups;
         let (resolver, name) = (self.shared.policy.resolver.clone(), host.to_owned());
         let inbox = self.peer().inbox.clone();
+        let answer = Answer::default();
+        let its = Arc::clone(&answer);
         let thread = format!("broadsock-dns-{}", self.index);
         let child = self.shared.connections.len() + 1;
         let handle = self.shared.spawner.spawn(&thread, child, move || {
             let result = contained(|| resolver(&name, port)).unwrap_or_else(|panic| {
                 Err(io::Error::other(format!("the resolver panicked: {panic}")))
             });
-            inbox.post(|signals| signals.addresses = Some((id, result)));
+            *its.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+            inbox.post(|signals| signals.looked_up = true);
         })?;
-        self.lookup = Some(Lookup { id, host: host.to_owned(), port, handle, result: None });
+        self.lookup = Some(Lookup { host: host.to_owned(), port, handle, answer });
         Ok(())
     }
 
@@ -432,17 +429,22 @@ impl Driver for Connection {
             if self.lookup.is_none() {
                 self.start_lookup(host, port)?;
             }
-            while self.lookup.as_ref().is_some_and(|lookup| lookup.result.is_none()) {
+            let answer = loop {
+                let Some(lookup) = &self.lookup else { break None };
+                let answer = lookup.answer.lock().unwrap_or_else(PoisonError::into_inner).take();
+                if answer.is_some() {
+                    break answer;
+                }
                 if self.shared.clock.now() >= until {
                     return Ok(None);
                 }
                 self.park(until, &mut |_| {})?;
-            }
+            };
             let Some(lookup) = self.lookup.take() else { continue };
-            // It has posted its result: the join waits for a few instructions.
+            // It has left its answer: the join waits for a few instructions.
             let _ = lookup.handle.join();
             if (lookup.host.as_str(), lookup.port) == (host, port) {
-                return match lookup.result.unwrap_or_else(|| Ok(Vec::new())) {
+                return match answer.unwrap_or_else(|| Ok(Vec::new())) {
                     Ok(addrs) => Ok(Some(addrs)),
                     Err(error) => {
                         let phrase = format!("DNS look-up of {host} failed");
