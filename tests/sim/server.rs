@@ -688,6 +688,8 @@ pub(crate) fn heal(k: &mut Kernel) {
         server.idle = false;
         net.socks[*sock].delay = (50_000, 2_000_000);
     }
+    // What a feed kept to itself until now goes out.
+    pump_all(k);
 }
 
 /// The client's socket is gone: what it sent and nobody read is lost.
