@@ -74,6 +74,8 @@ pub(crate) struct Checks {
     pub(crate) setup: Setup,
     pub(crate) conns: Vec<Conn>,
     pub(crate) taken: u64,
+    /// When the consumer took a message last.
+    pub(crate) taken_at: u64,
     pub(crate) delivered: HashMap<u64, Delivered>,
     pub(crate) closing: Option<u64>,
     pub(crate) failed: Option<(u64, Error)>,
@@ -393,6 +395,8 @@ fn true_verdict(k: &mut Kernel, at: u64, index: usize, error: &Error) {
         && server.mute.is_none()
         && server.stalled.is_none()
         && it.frozen.is_none()
+        // Where a peer takes so little that the ping waits, nobody can tell.
+        && it.tx_full_since.is_none()
         && it.delay.1 < nanos(k.ck.setup.pong) / 4;
     let sock = *sock;
     if healthy && k.ck.setup.pong > Duration::from_secs(4) {
@@ -523,6 +527,7 @@ pub(crate) struct Taken {
 
 /// The consumer has taken a message.
 pub(crate) fn taken(k: &mut Kernel, taken: &Taken) {
+    k.ck.taken_at = k.now;
     let &Taken { conn: index, epoch, sequence, id, of, received, accepted, in_flight } = taken;
     k.ck.taken += 1;
     k.note(|| {

@@ -366,8 +366,8 @@ impl World {
                 self.handle(event);
             } else if kernel::run_one() {
                 self.check();
-                if with(|k| k.steps) > 1_000_000 {
-                    with(|k| k.broken("no-hot-loop", || "a million turns".to_owned()));
+                if with(|k| k.steps) > 3_000_000 {
+                    with(|k| k.broken("no-hot-loop", || "three million turns".to_owned()));
                 }
             } else if !kernel::advance() {
                 return;
@@ -626,7 +626,9 @@ impl World {
         with(|k| {
             // A connection that is cut for each burst never gets to the end.
             let cut = self.setup.overflow == Overflow::Disconnect;
-            if ledger.in_flight > 0 && !cut && k.hung.is_empty() {
+            // A slow consumer may still be at it.
+            let rests = k.now > k.ck.taken_at + 5 * SECOND;
+            if ledger.in_flight > 0 && rests && !cut && k.hung.is_empty() {
                 k.broken("backlog-drained", || ledger.to_string());
             }
         });
