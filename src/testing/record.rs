@@ -25,9 +25,10 @@ pub struct Stats {
     pub upgraded: u64,
     /// Connections now open: accepted, and neither side has left yet.
     pub live: usize,
-    /// The most that were ever open at the same time. Exact: before a new
-    /// connection is counted, those that their clients have already closed
-    /// are taken off.
+    /// The most that were ever open at the same time: before a new connection
+    /// is counted, those that their clients have already closed are taken off.
+    /// Exact, unless the system lets the end of one connection arrive more than
+    /// a millisecond after the beginning of the next.
     pub max_live: usize,
     /// Messages and control frames that arrived, kept in
     /// [`Record::received`] or not.

@@ -15,6 +15,9 @@ use super::record::Ledger;
 use super::script::Script;
 use super::stream::Presence;
 
+/// What the end of a connection may be late by.
+const GRACE: Duration = Duration::from_millis(1);
+
 /// How long a new connection waits for the older ones to look whether their
 /// clients are still there. Only a closure of a script can use it up.
 const ROLL_CALL: Duration = Duration::from_secs(10);
@@ -85,6 +88,13 @@ impl Shared {
     /// now, even if its thread has not run since.
     fn call_roll(&self) {
         let handles = self.handles();
+        // TCP keeps no order across sockets: what a client closed before it
+        // connected again may arrive a moment after that.
+        let late = now() + GRACE;
+        let here = handles.iter().filter(|handle| handle.presence() == Presence::Here);
+        here.for_each(|handle| {
+            handle.wait_ended(late);
+        });
         let mut unsure = Vec::new();
         for handle in &handles {
             match handle.presence() {
