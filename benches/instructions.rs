@@ -48,7 +48,7 @@ const SIDES: [(&str, &str, f64); 6] = [
 
 /// In the order of the sides: what was counted when they were set, half as much
 /// again for the way threads happen to meet.
-const BUDGETS: [f64; 6] = [400.0, 900.0, 600.0, 1600.0, 2300.0, 3500.0];
+const BUDGETS: [f64; 6] = [260.0, 740.0, 470.0, 1550.0, 2150.0, 3000.0];
 
 fn main() {
     match child::role().as_deref() {
