@@ -37,9 +37,10 @@ const FEW: u64 = 20_000;
 const SIZE: usize = 64;
 
 /// Who receives: a name, a role, and the most instructions for each message.
-const SIDES: [(&str, &str, f64); 6] = [
+const SIDES: [(&str, &str, f64); 7] = [
     ("client, blocks to one worker", "blocks", BUDGETS[0]),
     ("  + dedup by content", "dedup", BUDGETS[1]),
+    ("  + dedup by JSON pointer, of trades", "pointer", BUDGETS[6]),
     ("client, recv", "recv", BUDGETS[2]),
     ("pipeline, 1 processor", "pipeline", BUDGETS[3]),
     ("pipeline, 1 processor + dedup", "pipeline-dedup", BUDGETS[4]),
@@ -48,7 +49,7 @@ const SIDES: [(&str, &str, f64); 6] = [
 
 /// In the order of the sides: what was counted when they were set, half as much
 /// again for the way threads happen to meet.
-const BUDGETS: [f64; 6] = [260.0, 740.0, 470.0, 1550.0, 2150.0, 3000.0];
+const BUDGETS: [f64; 7] = [260.0, 740.0, 470.0, 1550.0, 2150.0, 3000.0, 2350.0];
 
 fn main() {
     match child::role().as_deref() {
@@ -130,20 +131,21 @@ fn answer(listener: &TcpListener) {
     for socket in listener.incoming().flatten() {
         thread::spawn(move || {
             let Ok((mut wire, path)) = Wire::accept(socket, None) else { return };
-            let messages = path.trim_start_matches('/').parse().unwrap_or(0);
+            let (kind, messages) = path[1..].split_once('/').unwrap_or_default();
             // An error is the client's end.
-            let _ = send(&mut wire, messages);
+            let _ = send(&mut wire, kind == "trades", messages.parse().unwrap_or(0));
             net::until_closed(&mut wire);
         });
     }
 }
 
 /// Sends so many messages, no two alike.
-fn send(wire: &mut Wire, messages: u64) -> io::Result<()> {
+fn send(wire: &mut Wire, trades: bool, messages: u64) -> io::Result<()> {
     wire.socket().set_write_timeout(Some(Duration::from_secs(120)))?;
     let mut bytes = Vec::new();
     for number in 0..messages {
-        bytes.extend(net::frame(1, format!("{number:0SIZE$}").as_bytes()));
+        let text = if trades { trade(number) } else { format!("{number:0SIZE$}") };
+        bytes.extend(net::frame(1, text.as_bytes()));
         if bytes.len() > 256 * 1024 {
             wire.write_all(&bytes)?;
             bytes.clear();
@@ -152,18 +154,32 @@ fn send(wire: &mut Wire, messages: u64) -> io::Result<()> {
     wire.write_all(&bytes)
 }
 
+/// A trade as an exchange tells it.
+fn trade(number: u64) -> String {
+    format!(
+        r#"{{"e":"trade","E":1767225600123,"s":"BTCUSDT","t":{},"p":"67012.41000000","q":"0.00150000","b":88561201,"a":88561207,"T":1767225600121,"m":true,"M":true}}"#,
+        1_000_000_000 + number
+    )
+}
+
 // A side's process.
 
 fn receive(role: &str) -> ! {
     common::give_up_after(Duration::from_secs(300));
     let words: Vec<&str> = role.split(' ').collect();
     let [side, port, messages] = words[..] else { panic!("not understood: {role}") };
-    let url = format!("ws://127.0.0.1:{port}/{messages}");
+    let kind = if side == "pointer" { "trades" } else { "texts" };
+    let url = format!("ws://127.0.0.1:{port}/{kind}/{messages}");
     let messages = messages.parse().expect("a number");
     match side {
         "bare" => receive_bare(&url, messages),
         "blocks" => receive_blocks(&start(&url, false), messages),
         "dedup" => receive_blocks(&start(&url, true), messages),
+        "pointer" => {
+            let builder = Client::builder(url.as_str()).ping_interval(None);
+            let client = builder.dedup(Dedup::by_pointer("/t")).start();
+            receive_blocks(&client.expect("the settings are sound"), messages);
+        }
         "recv" => {
             let client = start(&url, false);
             (0..messages).for_each(|_| look_at(&client.recv().expect("they all come")));

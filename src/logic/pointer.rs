@@ -111,7 +111,8 @@ fn index(token: &str) -> Option<usize> {
     if digits && plain { token.parse().ok() } else { None }
 }
 
-/// A place in a JSON text; each method moves past what it is named for.
+/// A place in a JSON text; each method moves past what it is named for. They are
+/// a few instructions each, and calls of them as many again.
 struct Cursor<'a> {
     text: &'a [u8],
     at: usize,
@@ -129,6 +130,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// From behind the opening brace to the value of the member `key`.
+    #[inline(always)]
     fn member(&mut self, key: &str) -> Option<()> {
         loop {
             self.expect(b'"')?;
@@ -152,6 +154,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// Any value.
+    #[inline(always)]
     fn value(&mut self) -> Option<Found<'a>> {
         match self.token()? {
             b'"' => Some(Found { kind: TokenKind::String, raw: self.string()?.raw }),
@@ -167,6 +170,7 @@ impl<'a> Cursor<'a> {
 
     /// The rest of a string behind its opening quote: what stands before the
     /// closing one.
+    #[inline(always)]
     fn string(&mut self) -> Option<Text<'a>> {
         let start = self.at;
         let mut escapes = false;
@@ -208,6 +212,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// The rest of a number behind its first byte.
+    #[inline(always)]
     fn number(&mut self) -> Option<Found<'a>> {
         let start = self.at - 1;
         let rest = self.text.get(start..)?;
@@ -223,6 +228,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// What stands between `start` and here.
+    #[inline(always)]
     fn found(&self, kind: TokenKind, start: usize) -> Option<Found<'a>> {
         self.text.get(start..self.at).map(|raw| Found { kind, raw })
     }
@@ -234,13 +240,13 @@ impl<'a> Cursor<'a> {
     }
 
     /// This byte, after any white space.
-    #[inline]
+    #[inline(always)]
     fn expect(&mut self, byte: u8) -> Option<()> {
         (self.token()? == byte).then_some(())
     }
 
     /// The next byte that is not white space.
-    #[inline]
+    #[inline(always)]
     fn token(&mut self) -> Option<u8> {
         loop {
             let byte = self.byte()?;
@@ -250,7 +256,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn byte(&mut self) -> Option<u8> {
         let byte = *self.text.get(self.at)?;
         self.at += 1;
