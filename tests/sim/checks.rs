@@ -120,6 +120,11 @@ impl Conn {
         self.state.unwrap_or(State::Disconnected)
     }
 
+    /// Whether it was lost so lately that its attempt may still be under way.
+    pub(crate) fn tries_since(&self, at: u64) -> bool {
+        matches!(self.state(), State::Connecting | State::Opening) && self.attempt >= at
+    }
+
     pub(crate) fn is_blocked(&self) -> bool {
         self.blocked
     }

@@ -614,7 +614,12 @@ impl World {
                     let ping = k.ck.setup.ping;
                     let cut =
                         k.ck.setup.overflow == Overflow::Disconnect || k.ck.setup.idle.is_some();
-                    if state != State::Connected && ping.is_some() && !cut && !k.is_hung(index) {
+                    // What is dead without a sign is found when something is to be
+                    // written, which may be just now.
+                    let limit = self.setup.connect.as_nanos() as u64;
+                    let tries = k.ck.conns[index].tries_since(k.now.saturating_sub(limit));
+                    let excused = cut || tries || k.is_hung(index);
+                    if state != State::Connected && ping.is_some() && !excused {
                         k.broken("connected-again", || format!("conn {index} is {state}"));
                     }
                 }
