@@ -8,9 +8,9 @@
 use std::fmt;
 use std::ops::Range;
 use std::str::Utf8Error;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
 use tungstenite::{Bytes, Utf8Bytes};
 
 use crate::handler::Data;
@@ -51,7 +51,7 @@ pub(crate) struct BlockData {
     /// One for each entry, while dedup is on; empty otherwise.
     pub(crate) ids: Vec<Option<MessageId>>,
     /// Where the memory of a run returns to.
-    home: Option<Sender<Spare>>,
+    home: Option<Arc<Home>>,
 }
 
 /// One row of a block's table: 16 bytes, for there is one for each message.
@@ -98,7 +98,7 @@ pub(crate) struct Run {
     /// Room for their ids.
     pub(crate) ids: Vec<Option<MessageId>>,
     /// Who wants the memory back.
-    pub(crate) home: Option<Sender<Spare>>,
+    pub(crate) home: Option<Arc<Home>>,
 }
 
 /// The memory of a block that is no more.
@@ -112,26 +112,55 @@ pub(crate) struct Spare {
 /// The spare memory of a connection. Consumers drop blocks on other threads
 /// than the one that fills them; what they give back saves the reader from
 /// clearing fresh memory for each block.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Spares {
-    home: Sender<Spare>,
-    spares: Receiver<Spare>,
+    home: Arc<Home>,
+}
+
+/// Where blocks give their memory back. What came last is taken first: it is the
+/// most likely to be in a cache still.
+#[derive(Debug, Default)]
+pub(crate) struct Home(Mutex<Returned>);
+
+#[derive(Debug, Default)]
+struct Returned {
+    spares: Vec<Spare>,
+    /// Nobody will take any.
+    closed: bool,
 }
 
 impl Spares {
-    pub(crate) fn new() -> Self {
-        let (home, spares) = bounded(SPARES);
-        Self { home, spares }
-    }
-
     /// Memory of an earlier block, or none yet.
     pub(crate) fn take(&self) -> Spare {
-        self.spares.try_recv().unwrap_or_default()
+        self.home.returned().spares.pop().unwrap_or_default()
     }
 
     /// Where a block that takes it gives it back.
-    pub(crate) fn home(&self) -> Sender<Spare> {
-        self.home.clone()
+    pub(crate) fn home(&self) -> Arc<Home> {
+        Arc::clone(&self.home)
+    }
+}
+
+impl Drop for Spares {
+    /// Blocks may outlive their connection; they keep no memory but their own.
+    fn drop(&mut self) {
+        let mut returned = self.home.returned();
+        returned.closed = true;
+        returned.spares = Vec::new();
+    }
+}
+
+impl Home {
+    /// What is more than enough is freed.
+    fn take_back(&self, spare: Spare) {
+        let mut returned = self.returned();
+        if !returned.closed && returned.spares.len() < SPARES {
+            returned.spares.push(spare);
+        }
+    }
+
+    fn returned(&self) -> MutexGuard<'_, Returned> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -214,8 +243,7 @@ impl Drop for BlockData {
             (std::mem::take(&mut self.entries), std::mem::take(&mut self.ids));
         entries.clear();
         ids.clear();
-        // More than enough are spare already, or the connection is gone.
-        let _ = home.try_send(Spare { bytes, entries, ids });
+        home.take_back(Spare { bytes, entries, ids });
     }
 }
 
@@ -504,7 +532,7 @@ mod tests {
     }
 
     /// A run of these payloads, each behind a head of two bytes.
-    fn run(payloads: &[(bool, &[u8])], home: Option<Sender<Spare>>) -> Run {
+    fn run(payloads: &[(bool, &[u8])], home: Option<Arc<Home>>) -> Run {
         let mut run = Run { bytes: Vec::new(), entries: Vec::new(), ids: Vec::new(), home };
         for (number, (text, payload)) in payloads.iter().enumerate() {
             run.bytes.extend([BLANK; 2]);
@@ -554,7 +582,7 @@ mod tests {
 
     #[test]
     fn memory_returns_when_the_last_message_is_gone() {
-        let spares = Spares::new();
+        let spares = Spares::default();
         let payload = [b'x'; 100];
         let mut block = builder();
         block.adopt(run(&[(true, &payload), (true, &payload)], Some(spares.home())), 1).unwrap();
@@ -567,8 +595,39 @@ mod tests {
     }
 
     #[test]
+    fn what_returned_last_is_taken_first_and_no_more_is_kept_than_enough() {
+        let spares = Spares::default();
+        let sizes: Vec<usize> = (1..=SPARES + 2).map(|n| n * 1000).collect();
+        for size in &sizes {
+            let mut block = builder();
+            block.adopt(run(&[(false, &vec![1; *size])], Some(spares.home())), 1).unwrap();
+            drop(block.finish());
+        }
+        for size in sizes[..SPARES].iter().rev() {
+            assert!((*size..size + 1000).contains(&spares.take().bytes.capacity()), "{size}");
+        }
+        assert_eq!(spares.take().bytes.capacity(), 0);
+    }
+
+    #[test]
+    fn nothing_returns_to_a_connection_that_is_gone() {
+        let spares = Spares::default();
+        let home = spares.home();
+        let blocks = [1, 2].map(|_| {
+            let mut block = builder();
+            block.adopt(run(&[(false, b"xyz")], Some(spares.home())), 1).unwrap();
+            block.finish()
+        });
+        let [first, second] = blocks;
+        drop(first);
+        assert_eq!(home.returned().spares.len(), 1);
+        drop((spares, second));
+        assert_eq!(home.returned().spares.capacity(), 0);
+    }
+
+    #[test]
     fn a_few_fresh_messages_do_not_keep_the_memory_of_many() {
-        let spares = Spares::new();
+        let spares = Spares::default();
         let payloads = [(true, &[b'x'; 100][..]); 20];
         let mut block = builder();
         block.adopt(run(&payloads, Some(spares.home())), 1).unwrap();
@@ -662,7 +721,7 @@ mod tests {
                 expected.push((*text, bytes.clone(), n));
             }
             let borrowed: Vec<_> = payloads.iter().map(|(text, b)| (*text, &b[..])).collect();
-            let spares = Spares::new();
+            let spares = Spares::default();
             let mut block = builder();
             let taken = block.adopt(run(&borrowed, spare.then(|| spares.home())), 5);
             prop_assert_eq!(taken.err(), broken);

@@ -145,7 +145,7 @@ impl ClientBuilder {
                 max_reconnect_attempts: None,
             },
             heartbeat: Heartbeat::default(),
-            limits: Limits { read_buffer: 64 * 1024, max_message: 64 << 20 },
+            limits: Limits { read_buffer: 256 * 1024, max_message: 64 << 20 },
             queue: 8192,
             queue_bytes: 64 << 20,
             overflow: Overflow::default(),
@@ -302,7 +302,8 @@ impl ClientBuilder {
 
     /// The largest size of each connection's read buffer in bytes: the most that
     /// one system call can bring. It starts with 1 KiB, grows with its feed, and
-    /// shrinks when nothing comes for `ping_interval`. Defaults to 64 KiB.
+    /// shrinks when nothing comes for `ping_interval`. Beyond 64 KiB it grows only
+    /// for messages of which fewer than 128 fill it. Defaults to 256 KiB.
     pub fn read_buffer_size(mut self, bytes: usize) -> Self {
         self.limits.read_buffer = bytes;
         self

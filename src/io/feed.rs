@@ -19,6 +19,13 @@ const SMALL: usize = 1024;
 /// larger grows with what arrives.
 const TRUSTED: usize = 64 << 20;
 
+/// What a buffer grows to for small messages: it holds about a block of them.
+const PLENTY: usize = 64 * 1024;
+
+/// A buffer that is filled by fewer messages than this grows on: to hand over a
+/// block wakes a thread, and its cost should be shared by many.
+const FEW: usize = 128;
+
 /// A run ends with the message that fills so much: larger blocks would be coarse
 /// for a queue that is bounded in bytes.
 const RUN_BYTES: usize = 256 * 1024;
@@ -41,6 +48,8 @@ pub(super) struct Feed<S> {
     /// its entry says.
     run: usize,
     entries: Vec<Entry>,
+    /// How many they were.
+    found: usize,
     /// Buffers to go on with while blocks keep theirs; from the first of these on.
     spares: Option<Spares>,
     /// The buffer may grow to this.
@@ -97,6 +106,7 @@ impl<S: Read> Feed<S> {
             end,
             run: 0,
             entries: Vec::new(),
+            found: 0,
             spares: None,
             largest,
             passed: 0,
@@ -119,7 +129,17 @@ impl<S: Read> Feed<S> {
         self.entries.clear();
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
+            // It grew for large messages, and they are over.
+            if self.found >= FEW && self.buffer.len() > PLENTY {
+                self.buffer.truncate(PLENTY);
+            }
         }
+        let found = self.gather(most);
+        self.found = self.entries.len();
+        found
+    }
+
+    fn gather(&mut self, most: usize) -> io::Result<()> {
         self.run = self.start;
         if self.passed > 0 || self.large.is_some() || self.fragments {
             return Ok(());
@@ -129,11 +149,14 @@ impl<S: Read> Feed<S> {
                 return Ok(());
             }
             if self.end == self.buffer.len() {
-                if self.start == 0 || !self.entries.is_empty() {
+                if self.start > 0 && self.entries.is_empty() {
+                    self.make_room(self.end - self.start + 1);
+                    self.run = self.start;
+                } else if self.entries.len() < FEW && self.buffer.len() < self.largest {
+                    self.grow();
+                } else {
                     return Ok(());
                 }
-                self.make_room(self.end - self.start + 1);
-                self.run = self.start;
             }
             if self.read_on()? == 0 {
                 // The stream has ended: tungstenite judges by what went before.
@@ -194,7 +217,7 @@ impl<S: Read> Feed<S> {
             let entries = self.entries.drain(..).map(|entry| entry.moved(from)).collect();
             return Run { bytes, entries, ids: Vec::new(), home: None };
         }
-        let spares = self.spares.get_or_insert_with(Spares::new);
+        let spares = self.spares.get_or_insert_default();
         let spare = spares.take();
         let mut next = spare.bytes;
         next.resize(self.buffer.len(), 0);
@@ -340,10 +363,14 @@ impl<S: Read> Feed<S> {
         let space = self.buffer.len() - self.end;
         let count = self.stream.read(&mut self.buffer[self.end..])?;
         self.end += count;
-        if count == space && self.buffer.len() < self.largest {
-            self.buffer.resize((self.buffer.len() * 2).min(self.largest), 0);
+        if count == space && self.buffer.len() < self.largest.min(PLENTY) {
+            self.grow();
         }
         Ok(count)
+    }
+
+    fn grow(&mut self) {
+        self.buffer.resize((self.buffer.len() * 2).min(self.largest), 0);
     }
 
     /// Moves what is buffered to the front, and makes the buffer hold `len`.
@@ -420,5 +447,71 @@ impl<S: Write> Write for Feed<S> {
 
     fn flush(&mut self) -> io::Result<()> {
         self.stream.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LARGEST: usize = 256 * 1024;
+
+    /// Frames of texts of this length.
+    fn frames(count: usize, len: u16) -> Vec<u8> {
+        let mut frame = vec![0x81, 126];
+        frame.extend(len.to_be_bytes());
+        frame.resize(4 + usize::from(len), b'x');
+        frame.repeat(count)
+    }
+
+    /// How many messages each run brought, and the largest buffer.
+    fn runs(feed: &mut Feed<&[u8]>) -> (Vec<usize>, usize) {
+        let (mut runs, mut largest) = (Vec::new(), 0);
+        loop {
+            feed.find_run(1024).unwrap();
+            largest = largest.max(feed.buffer.len());
+            if feed.run_is_empty() {
+                return (runs, largest);
+            }
+            let run = feed.take_run();
+            assert!(run.bytes.len() < RUN_BYTES + 70_000);
+            runs.push(run.entries.len());
+        }
+    }
+
+    #[test]
+    fn large_messages_are_handed_over_by_the_dozen() {
+        for (len, at_least) in [(4_000, 32), (16_000, 12), (60_000, 3)] {
+            let bytes = frames(400, len);
+            let mut feed = Feed::new(&bytes[..], Vec::new(), LARGEST, usize::MAX);
+            let (runs, largest) = runs(&mut feed);
+            assert_eq!(runs.iter().sum::<usize>(), 400);
+            assert!(runs.len() <= 400 / at_least + 10, "{runs:?}");
+            assert_eq!(largest, LARGEST);
+        }
+    }
+
+    #[test]
+    fn a_run_ends_with_the_message_that_makes_it_large_enough() {
+        let bytes = frames(100, 10_000);
+        let mut feed = Feed::new(&b""[..], bytes, 4 * LARGEST, usize::MAX);
+        let (runs, _) = runs(&mut feed);
+        assert_eq!(runs, [27, 27, 27, 19], "of {RUN_BYTES} bytes and one message at most");
+    }
+
+    #[test]
+    fn small_messages_need_no_large_buffer_also_after_large_ones() {
+        let small = frames(50_000, 200);
+        let mut feed = Feed::new(&small[..], Vec::new(), LARGEST, usize::MAX);
+        let (counts, largest) = runs(&mut feed);
+        assert_eq!((counts.iter().sum::<usize>(), largest), (50_000, PLENTY));
+        let large = frames(50, 16_000);
+        let mut feed = Feed::new(&large[..], Vec::new(), LARGEST, usize::MAX);
+        assert_eq!(runs(&mut feed).1, LARGEST);
+        // A stream that has ended brings no more; this one has not.
+        feed.passed = 0;
+        *feed.stream_mut() = &small;
+        runs(&mut feed);
+        assert_eq!(feed.buffer.len(), PLENTY);
     }
 }

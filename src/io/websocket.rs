@@ -741,5 +741,29 @@ mod tests {
                 }
             }
         }
+
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(30))]
+        /// The same where the buffer grows beyond what small messages need.
+        #[test]
+        fn a_buffer_that_grows_for_large_messages_loses_nothing(
+            lens in proptest::collection::vec(prop_oneof![9 => 1500_usize..3000, 1 => 0_usize..3], 60..160),
+            odd in frames(),
+            rest in 0_usize..3000,
+            sizes in proptest::collection::vec(prop_oneof![1 => Just(0_usize), 3 => 1_usize..150_000], 0..8),
+        ) {
+            let large = |len: &usize| frame(0x82, &vec![*len as u8; *len], false);
+            let mut bytes: Vec<u8> = lens.iter().flat_map(large).collect();
+            bytes.extend(odd);
+            let reference = reference(&bytes, &sizes);
+            for most in [5, 1000] {
+                for buffer in [70_000, 256 * 1024] {
+                    let read = read_here(&bytes, rest, &sizes, most, buffer);
+                    prop_assert_eq!(&read, &reference, "most {}, buffer {}", most, buffer);
+                }
+            }
+        }
     }
 }
