@@ -312,6 +312,11 @@ impl BlockBuilder {
         self.bytes
     }
 
+    /// The payload of its last message.
+    pub(crate) fn last(&self) -> Option<&[u8]> {
+        self.data.entries.last().map(|entry| self.data.bytes_of(entry))
+    }
+
     /// Makes a run the block's first messages, the first of them number `first`
     /// of its epoch. An error is of the first text that is not UTF-8; the
     /// messages before it are taken.
@@ -385,13 +390,14 @@ impl BlockBuilder {
         self.data.ids = ids;
     }
 
-    /// Gives each message the id of its kind, text or not, and content.
-    pub(crate) fn identify_contents(&mut self, mut id: impl FnMut(bool, &[u8]) -> MessageId) {
+    /// The same for ids that are found without a look at what kind of text it is:
+    /// whether it is one, and its bytes.
+    pub(crate) fn identify_bytes(&mut self, mut id: impl FnMut(bool, &[u8]) -> Option<MessageId>) {
         let mut ids = std::mem::take(&mut self.data.ids);
         ids.clear();
         ids.reserve(self.data.entries.len());
         for entry in &self.data.entries {
-            ids.push(Some(id(self.data.is_text(entry), self.data.bytes_of(entry))));
+            ids.push(id(self.data.is_text(entry), self.data.bytes_of(entry)));
         }
         self.data.ids = ids;
     }

@@ -9,6 +9,7 @@ pub(crate) mod connection;
 pub(crate) mod dedup;
 pub(crate) mod heartbeat;
 pub(crate) mod identity;
+pub(crate) mod layout;
 pub(crate) mod ledger;
 pub(crate) mod overflow;
 pub(crate) mod pointer;

@@ -71,15 +71,22 @@ impl Pointer {
     /// not read, and objects and arrays beside the path are only walked from
     /// bracket to bracket.
     pub(crate) fn find<'a>(&self, text: &'a [u8]) -> Option<Found<'a>> {
+        self.locate(text).map(|(found, ..)| found)
+    }
+
+    /// The same with where the value starts, and how much of the text was read.
+    pub(crate) fn locate<'a>(&self, text: &'a [u8]) -> Option<(Found<'a>, usize, usize)> {
         let mut cursor = Cursor { text, at: 0 };
         let mut close = 0;
         for step in &self.steps {
             close = cursor.enter(step)?;
         }
         let found = cursor.value()?;
+        let quote = usize::from(found.kind == TokenKind::String);
+        let start = cursor.at - quote - found.raw.len();
         // A number at the end of a cut text may go on in what is missing.
         cursor.ends_with(close)?;
-        (found.kind != TokenKind::Null).then_some(found)
+        (found.kind != TokenKind::Null).then_some((found, start, cursor.at))
     }
 }
 

@@ -7,6 +7,8 @@ pub(crate) mod dedup;
 pub(crate) mod heartbeat;
 #[path = "../../src/logic/identity.rs"]
 pub(crate) mod identity;
+#[path = "../../src/logic/layout.rs"]
+pub(crate) mod layout;
 pub(crate) mod ledger;
 pub(crate) mod overflow;
 #[path = "../../src/logic/pointer.rs"]

@@ -48,8 +48,12 @@ impl BlockBuilder {
         self.0.identify(id);
     }
 
-    pub(crate) fn identify_contents(&mut self, id: impl FnMut(bool, &[u8]) -> MessageId) {
-        self.0.identify_contents(id);
+    pub(crate) fn identify_bytes(&mut self, id: impl FnMut(bool, &[u8]) -> Option<MessageId>) {
+        self.0.identify_bytes(id);
+    }
+
+    pub(crate) fn last(&self) -> Option<&[u8]> {
+        self.0.last()
     }
 
     pub(crate) fn retain(&mut self, judge: impl FnMut(&[Option<MessageId>], &mut [bool])) {

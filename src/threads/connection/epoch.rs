@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::Connection;
-use super::guest::{Failure, Gather, Guest, Outcome};
+use super::guest::{Failure, Guest, Outcome};
 use crate::error::{Error, ErrorKind, Step};
 use crate::handler::{Acts, MAX_SENDS, Origin, Outgoing, Resume};
 use crate::io::dial::{Dialed, timed_out};
@@ -17,7 +17,7 @@ use crate::io::upgrade::Upgraded;
 use crate::io::websocket::Websocket;
 use crate::logic::connection::Input;
 use crate::logic::heartbeat::{Beat, Liveness};
-use crate::message::BlockBuilder;
+use crate::logic::layout::Layouts;
 
 /// Messages written, or read while somebody sends, before the other concerns get
 /// a look.
@@ -57,6 +57,8 @@ pub(super) struct Epoch<'c> {
     number: u64,
     ws: Websocket,
     upgraded: Upgraded,
+    /// Of the texts that ids were found in.
+    layouts: Layouts,
     live: Liveness,
     /// Sequence of the last message.
     sequence: u64,
@@ -130,6 +132,7 @@ impl<'c> Epoch<'c> {
             number,
             ws,
             upgraded: dialed.upgraded,
+            layouts: Layouts::default(),
             live,
             sequence: 0,
             resume,
@@ -204,8 +207,8 @@ impl<'c> Epoch<'c> {
     /// Lets the session open.
     fn open(&mut self, guest: &mut Guest) -> Result<(), EpochEnd> {
         let policy = self.connection.shared.policy.clone();
-        let mut gather =
-            gather(&policy.ids, self.connection.index, self.number, self.sequence, self.now());
+        let now = self.now();
+        let mut gather = self.gather(&policy.ids, now);
         let outcome = guest.on_open(
             origin(self.connection.index, self.number, &self.upgraded),
             self.resume.as_ref(),
@@ -335,8 +338,7 @@ impl<'c> Epoch<'c> {
         }
         self.beat = Some((interval, self.connection.shared.clock.after(interval)));
         let policy = self.connection.shared.policy.clone();
-        let mut gather =
-            gather(&policy.ids, self.connection.index, self.number, self.sequence, now);
+        let mut gather = self.gather(&policy.ids, now);
         let origin = origin(self.connection.index, self.number, &self.upgraded);
         let outcome = guest.on_heartbeat(origin, self.resume.as_ref(), &mut gather);
         self.hand_over(gather, 0)?;
@@ -439,21 +441,5 @@ fn origin(connection: usize, epoch: u64, upgraded: &Upgraded) -> Origin<'_> {
         epoch,
         subprotocol: upgraded.subprotocol.as_deref(),
         headers: &upgraded.headers,
-    }
-}
-
-fn gather(
-    ids: &super::Ids,
-    connection: usize,
-    epoch: u64,
-    sequence: u64,
-    now: Instant,
-) -> Gather<'_> {
-    Gather {
-        block: BlockBuilder::new(connection, epoch, now),
-        ids,
-        sequence,
-        raw_id: Vec::new(),
-        panic: None,
     }
 }

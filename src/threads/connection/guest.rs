@@ -7,6 +7,8 @@ use super::ids::{IdSource, Ids};
 use crate::error::{BoxError, Error, ErrorKind};
 use crate::handler::{Acts, Data, Link, MAX_SENDS, Origin, Resume, Session, Sink};
 use crate::io::websocket::Websocket;
+use crate::logic::layout::Layouts;
+use crate::logic::pointer::Pointer;
 use crate::message::{BlockBuilder, MessageId, Payload};
 use crate::threads::contained;
 
@@ -38,6 +40,8 @@ pub(super) struct Gather<'a> {
     pub(super) raw_id: Vec<u8>,
     /// A panic of the id function, to be told once.
     pub(super) panic: Option<String>,
+    /// What texts looked like in which a JSON pointer found an id.
+    pub(super) layouts: Layouts,
 }
 
 impl Guest {
@@ -149,20 +153,33 @@ impl Gather<'_> {
     pub(super) fn take_run(&mut self, ws: &mut Websocket, most: usize) -> Result<bool, Error> {
         let more = ws.read_run(most, &mut self.block, self.sequence + 1);
         self.sequence += self.block.len() as u64;
-        match self.ids.source {
+        match &self.ids.source {
             IdSource::Off => {}
             IdSource::Content => {
-                self.block.identify_contents(|text, bytes| self.ids.content(text, bytes))
+                self.block.identify_bytes(|text, bytes| Some(self.ids.content(text, bytes)));
             }
+            IdSource::Pointer(pointer) => self.find_pointed(pointer),
             _ => self.find_all(),
         }
         more
     }
 
+    fn find_pointed(&mut self, pointer: &Pointer) {
+        let Self { block, ids, layouts, raw_id, .. } = self;
+        block.identify_bytes(|_, bytes| {
+            layouts.find(pointer, bytes).map(|found| ids.pointed(found))
+        });
+        // Only the last one's is asked for.
+        raw_id.clear();
+        if let Some(found) = block.last().and_then(|bytes| pointer.find(bytes)) {
+            raw_id.extend_from_slice(found.raw);
+        }
+    }
+
     fn find_all(&mut self) {
-        let Self { block, ids, raw_id, panic, .. } = self;
+        let Self { block, ids, raw_id, panic, layouts, .. } = self;
         block.identify(|data| {
-            let found = ids.find(data, raw_id);
+            let found = ids.find(data, raw_id, layouts);
             if panic.is_none() {
                 *panic = found.panic;
             }
@@ -171,7 +188,7 @@ impl Gather<'_> {
     }
 
     fn find(&mut self, data: Data<'_>) -> Option<MessageId> {
-        let found = self.ids.find(data, &mut self.raw_id);
+        let found = self.ids.find(data, &mut self.raw_id, &mut self.layouts);
         self.panic = self.panic.take().or(found.panic);
         found.id
     }

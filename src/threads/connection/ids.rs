@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use crate::handler::Data;
 use crate::logic::identity::Identity;
-use crate::logic::pointer::{Pointer, TokenKind};
+use crate::logic::layout::Layouts;
+use crate::logic::pointer::{self, Pointer, TokenKind};
 use crate::message::MessageId;
 use crate::threads::contained;
 
@@ -58,17 +59,16 @@ impl Ids {
     }
 
     /// Finds a message's id; `raw` receives it as the server wrote it, unless
-    /// it is the whole content.
-    pub(crate) fn find(&self, data: Data<'_>, raw: &mut Vec<u8>) -> Found {
+    /// it is the whole content. `layouts` are the connection's own.
+    pub(crate) fn find(&self, data: Data<'_>, raw: &mut Vec<u8>, layouts: &mut Layouts) -> Found {
         raw.clear();
         let mut panic = None;
         let id = match &self.source {
             IdSource::Off | IdSource::Session => None,
             IdSource::Content => Some(self.content_of(data)),
-            IdSource::Pointer(pointer) => pointer.find(data.as_bytes()).map(|found| {
+            IdSource::Pointer(pointer) => layouts.find(pointer, data.as_bytes()).map(|found| {
                 raw.extend_from_slice(found.raw);
-                let string = found.kind == TokenKind::String;
-                self.identity.of(if string { JSON_STRING } else { JSON_OTHER }, found.raw)
+                self.pointed(found)
             }),
             IdSource::Function(function) => match contained(|| function(data, raw)) {
                 Ok(found) => found.then(|| self.identity.of(EXPLICIT, raw)),
@@ -79,6 +79,13 @@ impl Ids {
             },
         };
         Found { id, panic }
+    }
+
+    /// The identity for what a JSON pointer found.
+    #[inline]
+    pub(crate) fn pointed(&self, found: pointer::Found<'_>) -> MessageId {
+        let string = found.kind == TokenKind::String;
+        self.identity.of(if string { JSON_STRING } else { JSON_OTHER }, found.raw)
     }
 
     /// The identity of a message that is its own id.

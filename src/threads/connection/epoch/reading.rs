@@ -3,14 +3,15 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{BLOCK_BYTES, BUDGET, Epoch, EpochEnd, LOOK, Leaving, SENDING, gather, origin};
+use super::{BLOCK_BYTES, BUDGET, Epoch, EpochEnd, LOOK, Leaving, SENDING, origin};
 use crate::error::{Error, ErrorKind};
 use crate::event::EventKind;
 use crate::handler::Resume;
 use crate::io::websocket::Incoming;
-use crate::message::Block;
+use crate::message::{Block, BlockBuilder};
 use crate::metrics::DropReason;
 use crate::threads::connection::guest::{Gather, Guest, Outcome};
+use crate::threads::connection::ids::Ids;
 use crate::threads::queue::{MAX_HELD, Offer};
 
 impl Epoch<'_> {
@@ -32,8 +33,7 @@ impl Epoch<'_> {
     pub(super) fn read(&mut self, guest: &mut Guest, now: Instant) -> Result<(), EpochEnd> {
         let shared = Arc::clone(&self.connection.shared);
         let policy = &shared.policy;
-        let mut gather =
-            gather(&policy.ids, self.connection.index, self.number, self.sequence, now);
+        let mut gather = self.gather(&policy.ids, now);
         if guest.passes_on() {
             let most = self.most(policy.block_messages, now);
             let read = gather.take_run(&mut self.ws, most);
@@ -72,6 +72,18 @@ impl Epoch<'_> {
             if full { (gather.block.len(), gather.block.text_bytes()) } else { (0, 0) };
         self.note_reading(messages, frames > 0, now);
         self.hand_over(gather, skipped).and(end)
+    }
+
+    /// What a turn's messages gather in, until they are handed over.
+    pub(super) fn gather<'a>(&mut self, ids: &'a Ids, now: Instant) -> Gather<'a> {
+        Gather {
+            block: BlockBuilder::new(self.connection.index, self.number, now),
+            ids,
+            sequence: self.sequence,
+            raw_id: Vec::new(),
+            panic: None,
+            layouts: std::mem::take(&mut self.layouts),
+        }
     }
 
     /// How many messages a turn reads at most.
@@ -158,6 +170,7 @@ impl Epoch<'_> {
 
     /// Hands what was read to the queue.
     pub(super) fn hand_over(&mut self, gather: Gather<'_>, skipped: u64) -> Result<(), EpochEnd> {
+        self.layouts = gather.layouts;
         if let Some(panic) = gather.panic {
             self.connection.report_panic("id function", &panic);
         }
