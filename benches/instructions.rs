@@ -24,7 +24,8 @@ use std::thread;
 use std::time::Duration;
 
 use broadsock::{
-    Batch, Batching, Client, Dedup, Failure, Handler, Message, Next, NoAcknowledger, Pipeline,
+    Batch, Batching, BoxError, Client, Data, Dedup, Failure, Handler, Link, Message, Next,
+    NoAcknowledger, Pipeline, Session,
 };
 use common::Options;
 use common::child::{self, Child};
@@ -37,10 +38,11 @@ const FEW: u64 = 20_000;
 const SIZE: usize = 64;
 
 /// Who receives: a name, a role, and the most instructions for each message.
-const SIDES: [(&str, &str, f64); 7] = [
+const SIDES: [(&str, &str, f64); 8] = [
     ("client, blocks to one worker", "blocks", BUDGETS[0]),
     ("  + dedup by content", "dedup", BUDGETS[1]),
     ("  + dedup by JSON pointer, of trades", "pointer", BUDGETS[6]),
+    ("  + dedup + session that emits each", "session", BUDGETS[7]),
     ("client, recv", "recv", BUDGETS[2]),
     ("pipeline, 1 processor", "pipeline", BUDGETS[3]),
     ("pipeline, 1 processor + dedup", "pipeline-dedup", BUDGETS[4]),
@@ -49,7 +51,7 @@ const SIDES: [(&str, &str, f64); 7] = [
 
 /// In the order of the sides: what was counted when they were set, half as much
 /// again for the way threads happen to meet.
-const BUDGETS: [f64; 7] = [260.0, 740.0, 470.0, 1550.0, 2150.0, 3000.0, 2350.0];
+const BUDGETS: [f64; 8] = [260.0, 740.0, 470.0, 1550.0, 2150.0, 3000.0, 2350.0, 2000.0];
 
 fn main() {
     match child::role().as_deref() {
@@ -180,6 +182,11 @@ fn receive(role: &str) -> ! {
             let client = builder.dedup(Dedup::by_pointer("/t")).start();
             receive_blocks(&client.expect("the settings are sound"), messages);
         }
+        "session" => {
+            let builder = Client::builder(url.as_str()).ping_interval(None);
+            let builder = builder.dedup(Dedup::by_content()).session(|| PassOn);
+            receive_blocks(&builder.start().expect("the settings are sound"), messages);
+        }
         "recv" => {
             let client = start(&url, false);
             (0..messages).for_each(|_| look_at(&client.recv().expect("they all come")));
@@ -230,6 +237,16 @@ fn receive_pipeline(client: Client, messages: u64, batches: bool) {
 
 fn look_at(message: &Message) {
     black_box((message.len(), message.as_bytes().first().copied()));
+}
+
+/// A session that does the least.
+struct PassOn;
+
+impl Session for PassOn {
+    fn on_message(&mut self, message: Data<'_>, link: &mut Link<'_>) -> Result<(), BoxError> {
+        link.emit(message);
+        Ok(())
+    }
 }
 
 /// A handler that does the least.

@@ -176,7 +176,12 @@ impl Entry {
         Self { start: self.start - narrow(cut), ..self }
     }
 
-    fn range(self) -> Range<usize> {
+    pub(crate) fn is_text(self) -> bool {
+        self.kind == Kind::Text
+    }
+
+    /// Where the payload is in the buffer or arena it lies in.
+    pub(crate) fn range(self) -> Range<usize> {
         self.start as usize..(self.start + self.len) as usize
     }
 }

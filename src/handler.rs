@@ -131,6 +131,18 @@ pub(crate) struct Acts {
     pub(crate) healthy: bool,
 }
 
+impl Acts {
+    /// Does these and then others.
+    pub(crate) fn join(&mut self, others: Self) {
+        if !others.sends.is_empty() {
+            self.sends.extend(others.sends);
+        }
+        self.hold |= others.hold;
+        self.ready |= others.ready;
+        self.healthy |= others.healthy;
+    }
+}
+
 /// Where emitted messages go.
 pub(crate) trait Sink {
     fn emit(&mut self, payload: Payload<'_>, id: Option<&[u8]>);

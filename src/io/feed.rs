@@ -22,9 +22,9 @@ const TRUSTED: usize = 64 << 20;
 /// What a buffer grows to for small messages: it holds about a block of them.
 const PLENTY: usize = 64 * 1024;
 
-/// A buffer that is filled by fewer messages than this grows on: to hand over a
-/// block wakes a thread, and its cost should be shared by many.
-const FEW: usize = 128;
+/// A buffer that is filled by fewer messages than half of this grows on: to hand
+/// over a block wakes a thread, and its cost should be shared by many.
+const MANY: usize = 256;
 
 /// A run ends with the message that fills so much: larger blocks would be coarse
 /// for a queue that is bounded in bytes.
@@ -130,7 +130,7 @@ impl<S: Read> Feed<S> {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
             // It grew for large messages, and they are over.
-            if self.found >= FEW && self.buffer.len() > PLENTY {
+            if self.found >= MANY.min(most) && self.buffer.len() > PLENTY {
                 self.buffer.truncate(PLENTY);
             }
         }
@@ -152,7 +152,9 @@ impl<S: Read> Feed<S> {
                 if self.start > 0 && self.entries.is_empty() {
                     self.make_room(self.end - self.start + 1);
                     self.run = self.start;
-                } else if self.entries.len() < FEW && self.buffer.len() < self.largest {
+                } else if self.entries.len() * 2 < MANY.min(most)
+                    && self.buffer.len() < self.largest
+                {
                     self.grow();
                 } else {
                     return Ok(());
@@ -204,6 +206,13 @@ impl<S: Read> Feed<S> {
         };
         self.start = at;
         may_go_on
+    }
+
+    /// The messages that [`find_run`](Self::find_run) found, while they are still in
+    /// the buffer: where the first begins, all bytes from there on, and where in the
+    /// buffer each is.
+    pub(super) fn run(&self) -> (usize, &[u8], &[Entry]) {
+        (self.run, &self.buffer[self.run..self.start], &self.entries)
     }
 
     /// The messages that [`find_run`](Self::find_run) found. If they are most of

@@ -221,9 +221,8 @@ fn what_may_be(text: &[u8]) -> Vec<May> {
 
 /// A one in each byte.
 const ONES: u64 = u64::MAX / 0xff;
-const TOP_BITS: u64 = ONES << 7;
 
-/// The top bit of each byte that is a quote or a backslash. It may be set in a
+/// Its top bit is set in each byte that is a quote or a backslash. It may be in a
 /// byte behind one, too; that is an error on the safe side.
 #[inline]
 fn quotes_and_backslashes(bytes: u64) -> u64 {
@@ -231,7 +230,7 @@ fn quotes_and_backslashes(bytes: u64) -> u64 {
     zeros(bytes ^ ONES * b'"' as u64) | zeros(bytes ^ ONES * b'\\' as u64)
 }
 
-/// The top bit of each byte that is no digit, and perhaps of one behind it.
+/// Its top bit is set in each byte that is no digit, and perhaps in one behind it.
 #[inline]
 fn no_digits(bytes: u64) -> u64 {
     let values = bytes ^ ONES * b'0' as u64;

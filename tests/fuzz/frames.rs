@@ -42,11 +42,30 @@ pub(super) fn run(input: &[u8]) {
     let bytes = input.0;
     let rest = usize::from(first >> 3).min(bytes.len());
     let expected = read_by_tungstenite(Pieces::new(bytes, &sizes));
-    for most in [0, 1, 3, 1000] {
-        let here = read_here(&bytes[..rest], Pieces::new(&bytes[rest..], &sizes), most);
-        assert_eq!(here, expected, "in runs of {most}");
+    for reads in READS {
+        let here = read_here(&bytes[..rest], Pieces::new(&bytes[rest..], &sizes), reads);
+        assert_eq!(here, expected, "{reads:?}");
     }
 }
+
+/// How a connection reads.
+#[derive(Debug, Clone, Copy)]
+enum Reads {
+    OneByOne,
+    /// In runs of up to so many where there are any, which are taken over.
+    Taken(usize),
+    /// The same, but shown while they lie in the buffer.
+    Shown(usize),
+}
+
+const READS: [Reads; 6] = [
+    Reads::OneByOne,
+    Reads::Taken(1),
+    Reads::Taken(3),
+    Reads::Taken(1000),
+    Reads::Shown(1),
+    Reads::Shown(64),
+];
 
 /// What was read, in order; the error that ends it is the last.
 #[derive(Debug, PartialEq)]
@@ -60,16 +79,15 @@ enum Seen {
     Error(ErrorKind),
 }
 
-/// Reads as a connection does: in runs of up to `most` where there are any, else
-/// one by one; without runs if `most` is 0.
-fn read_here(rest: &[u8], pieces: Pieces<'_>, most: usize) -> Vec<Seen> {
+fn read_here(rest: &[u8], pieces: Pieces<'_>, reads: Reads) -> Vec<Seen> {
     let limits = Limits { read_buffer: 1024, max_message: LIMIT };
     let mut ws = Websocket::new(pieces, rest.to_vec(), limits);
     let mut seen = Vec::new();
     loop {
-        let read = match most {
-            0 => read_one(&mut ws, &mut seen),
-            _ => read_run(&mut ws, most, &mut seen),
+        let read = match reads {
+            Reads::OneByOne => read_one(&mut ws, &mut seen),
+            Reads::Taken(most) => read_run(&mut ws, most, &mut seen),
+            Reads::Shown(most) => show_run(&mut ws, most, &mut seen),
         };
         if let Err(error) = read {
             seen.push(Seen::Error(error.kind().clone()));
@@ -97,14 +115,32 @@ fn read_run(
     if more? && count == 0 { read_one(ws, seen) } else { Ok(()) }
 }
 
-fn read_one(ws: &mut Websocket<Pieces<'_>>, seen: &mut Vec<Seen>) -> Result<(), Error> {
-    let mut data = None;
-    let read = ws.read(|payload| {
-        data = Some(match payload.data() {
+fn show_run(
+    ws: &mut Websocket<Pieces<'_>>,
+    most: usize,
+    seen: &mut Vec<Seen>,
+) -> Result<(), Error> {
+    let before = seen.len();
+    let (shown, more) = ws.show_run(most, |payload| {
+        seen.push(Seen::from(payload.data()));
+        true
+    });
+    assert!(shown <= most && seen.len() == before + shown);
+    if more? && shown == 0 { read_one(ws, seen) } else { Ok(()) }
+}
+
+impl From<Data<'_>> for Seen {
+    fn from(data: Data<'_>) -> Self {
+        match data {
             Data::Text(text) => Seen::Text(text.to_owned()),
             Data::Binary(bytes) => Seen::Binary(bytes.to_vec()),
-        });
-    });
+        }
+    }
+}
+
+fn read_one(ws: &mut Websocket<Pieces<'_>>, seen: &mut Vec<Seen>) -> Result<(), Error> {
+    let mut data = None;
+    let read = ws.read(|payload| data = Some(Seen::from(payload.data())));
     match read? {
         Some(Incoming::Data) => seen.push(data.unwrap()),
         Some(Incoming::Ping) => seen.push(Seen::Ping),

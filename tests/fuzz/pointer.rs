@@ -1,8 +1,10 @@
 //! JSON pointers: what serde_json finds in a document is what is found in its
-//! text, and a text that was cut has no other value than the whole.
+//! text, and a text that was cut has no other value than the whole. Nor does it
+//! matter what texts were looked into before.
 
 use serde_json::Value;
 
+use crate::logic::layout::Layouts;
 use crate::logic::pointer::{Found, Pointer, TokenKind};
 
 pub(super) const WORDS: &[&[u8]] = &[
@@ -37,9 +39,21 @@ pub(super) fn run(input: &[u8]) {
     assert_eq!(parsed.is_ok(), well_formed, "{line}");
     let Ok(pointer) = parsed else { return };
     let found = pointer.find(text);
+    let mut layouts = Layouts::default();
+    assert_eq!(layouts.find(&pointer, text), found);
     for end in 0..text.len() {
         let part = pointer.find(&text[..end]);
         assert!(part.is_none() || part == found, "{part:?} in {end} bytes, then {found:?}");
+        assert_eq!(layouts.find(&pointer, &text[..end]), part);
+    }
+    let mut changed = text.to_vec();
+    for at in 0..text.len().min(300) {
+        for byte in [b'"', b'\\', b'0', b'7', b'a', b'}'] {
+            changed[at] = byte;
+            assert_eq!(layouts.find(&pointer, &changed), pointer.find(&changed));
+            changed[at] = text[at];
+        }
+        assert_eq!(layouts.find(&pointer, text), found);
     }
     if let Ok(document) = serde_json::from_slice::<Value>(text)
         && members(&document) == colons(text)

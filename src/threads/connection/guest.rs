@@ -140,11 +140,7 @@ impl Gather<'_> {
     /// Takes a message as it was read.
     #[inline]
     pub(super) fn take(&mut self, payload: Payload<'_>) {
-        let id = match self.ids.source {
-            IdSource::Off => None,
-            IdSource::Content => Some(self.ids.content_of(payload.data())),
-            _ => self.find(payload.data()),
-        };
+        let id = self.find(payload.data());
         self.push(payload, id);
     }
 
@@ -187,7 +183,17 @@ impl Gather<'_> {
         });
     }
 
+    #[inline]
     fn find(&mut self, data: Data<'_>) -> Option<MessageId> {
+        self.raw_id.clear();
+        match self.ids.source {
+            IdSource::Off => None,
+            IdSource::Content => Some(self.ids.content_of(data)),
+            _ => self.find_somehow(data),
+        }
+    }
+
+    fn find_somehow(&mut self, data: Data<'_>) -> Option<MessageId> {
         let found = self.ids.find(data, &mut self.raw_id, &mut self.layouts);
         self.panic = self.panic.take().or(found.panic);
         found.id

@@ -35,6 +35,14 @@ impl Websocket {
         self.0.read_run(most, block, first)
     }
 
+    pub(crate) fn show_run(
+        &mut self,
+        most: usize,
+        show: impl FnMut(Payload<'_>) -> bool,
+    ) -> (usize, Result<bool, Error>) {
+        self.0.show_run(most, show)
+    }
+
     pub(crate) fn shrink(&mut self) {
         self.0.shrink();
     }

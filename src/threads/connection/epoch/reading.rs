@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::{BLOCK_BYTES, BUDGET, Epoch, EpochEnd, LOOK, Leaving, SENDING, origin};
 use crate::error::{Error, ErrorKind};
 use crate::event::EventKind;
-use crate::handler::Resume;
+use crate::handler::{Acts, Resume};
 use crate::io::websocket::Incoming;
 use crate::message::{Block, BlockBuilder};
 use crate::metrics::DropReason;
@@ -45,12 +45,28 @@ impl Epoch<'_> {
             }
         }
         gather.block.reserve(self.last_block.0, self.last_block.1);
-        let (mut skipped, mut messages, mut frames) = (0, 0, 0);
+        let (mut skipped, mut messages, mut frames, mut looked) = (0, 0, 0, 0);
         let mut end = Ok(());
         // Control frames count too: a flood of them must end as well.
-        while end.is_ok() && frames < policy.block_messages {
-            if gather.block.bytes() >= BLOCK_BYTES || self.is_wanted(frames) {
+        while end.is_ok() && frames < policy.block_messages && self.more {
+            if gather.block.bytes() >= BLOCK_BYTES {
                 break;
+            }
+            if frames - looked >= LOOK {
+                looked = frames;
+                if self.is_wanted() {
+                    break;
+                }
+            }
+            if !guest.passes_on() {
+                let most = LOOK.min(policy.block_messages - frames);
+                let (shown, read) = self.show_run(guest, &mut gather, &mut skipped, most);
+                messages += shown as u64;
+                frames += shown;
+                end = read.map(|more| self.more = more);
+                if shown > 0 || end.is_err() || !self.more {
+                    continue;
+                }
             }
             let (read, acts) = self.read_one(guest, &mut gather, &mut skipped);
             frames += usize::from(matches!(read, Ok(Some(_))));
@@ -93,8 +109,39 @@ impl Epoch<'_> {
     }
 
     /// Whether others want a turn: a flooding peer must not starve them.
-    pub(super) fn is_wanted(&self, frames: usize) -> bool {
-        frames % LOOK == LOOK - 1 && self.connection.peer().inbox.posted(self.may_send())
+    fn is_wanted(&self) -> bool {
+        self.connection.peer().inbox.posted(self.may_send())
+    }
+
+    /// Shows the session the whole messages that lie ready, up to `most`, and does
+    /// what it asked for; how many they were, and `false` when the socket has no
+    /// more.
+    fn show_run(
+        &mut self,
+        guest: &mut Guest,
+        gather: &mut Gather<'_>,
+        skipped: &mut u64,
+        most: usize,
+    ) -> (usize, Result<bool, EpochEnd>) {
+        let mut all = Outcome { acts: Acts::default(), failure: None };
+        let Self { ws, upgraded, resume, connection, number, .. } = self;
+        let origin = origin(connection.index, *number, upgraded);
+        let (shown, read) = ws.show_run(most, |payload| {
+            let before = gather.sequence;
+            let outcome = guest.on_message(payload.data(), origin, resume.as_ref(), gather);
+            *skipped += u64::from(gather.sequence == before);
+            all.failure = outcome.failure;
+            if all.failure.is_none() {
+                all.acts.join(outcome.acts);
+            }
+            all.failure.is_none()
+        });
+        let failure = all.failure.take();
+        let mut done = self.carry_out(all);
+        if let (Ok(()), Some(failure)) = (&done, failure) {
+            done = Err(self.fail(failure));
+        }
+        (shown, done.and(read.map_err(EpochEnd::from)))
     }
 
     /// Reads one frame; a data message goes to the session, or straight on.

@@ -95,6 +95,9 @@ impl Epoch<'_> {
 
     /// Takes what a session sends; nothing follows a close frame.
     pub(super) fn queue_sends(&mut self, sends: Vec<Outgoing>) -> Result<(), EpochEnd> {
+        if sends.is_empty() {
+            return Ok(());
+        }
         let limit = self.connection.shared.policy.limits.max_message;
         let phrase = if sends.iter().any(|message| message.len() > limit) {
             "the session sends a message larger than max_message_size".to_owned()
