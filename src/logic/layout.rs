@@ -68,9 +68,9 @@ struct Word {
 /// What a byte may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum May {
-    BeNothingElse,
+    Stay,
     BeText,
-    BeDigit,
+    BecomeDigit,
 }
 
 impl Default for Layouts {
@@ -164,9 +164,9 @@ impl Word {
             let shift = 8 * at as u32;
             word.bytes |= u64::from(*byte) << shift;
             match may {
-                May::BeNothingElse => word.fixed |= 0xff << shift,
+                May::Stay => word.fixed |= 0xff << shift,
                 May::BeText => word.text |= 0x80 << shift,
-                May::BeDigit => word.digits |= 0x80 << shift,
+                May::BecomeDigit => word.digits |= 0x80 << shift,
             }
         }
         word
@@ -176,7 +176,8 @@ impl Word {
     fn fits(self, bytes: [u8; WORD]) -> bool {
         let bytes = u64::from_le_bytes(bytes);
         let changed = (bytes ^ self.bytes) & self.fixed;
-        changed | quotes_and_backslashes(bytes) & self.text | no_digits(bytes) & self.digits == 0
+        let ended = quotes_and_backslashes(bytes) & self.text;
+        changed | ended | (no_digits(bytes) & self.digits) == 0
     }
 }
 
@@ -185,7 +186,7 @@ impl Word {
 /// digits behind the first, which says whether others may follow. All else is
 /// part of the layout, names and elements of arrays too.
 fn what_may_be(text: &[u8]) -> Vec<May> {
-    let mut may = vec![May::BeNothingElse; text.len()];
+    let mut may = vec![May::Stay; text.len()];
     let mut at = 0;
     let mut is_member = false;
     while at < text.len() {
@@ -203,7 +204,7 @@ fn what_may_be(text: &[u8]) -> Vec<May> {
                 let len = text[at..].iter().take_while(part).count();
                 let first = at + usize::from(text[at] == b'-');
                 for digit in (first + 1..at + len).filter(|digit| text[*digit].is_ascii_digit()) {
-                    may[digit] = May::BeDigit;
+                    may[digit] = May::BecomeDigit;
                 }
                 len
             }
@@ -221,19 +222,22 @@ fn what_may_be(text: &[u8]) -> Vec<May> {
 
 /// A one in each byte.
 const ONES: u64 = u64::MAX / 0xff;
+const QUOTES: u64 = ONES * b'"' as u64;
+const BACKSLASHES: u64 = ONES * b'\\' as u64;
+const ZEROS: u64 = ONES * b'0' as u64;
 
 /// Its top bit is set in each byte that is a quote or a backslash. It may be in a
 /// byte behind one, too; that is an error on the safe side.
 #[inline]
 fn quotes_and_backslashes(bytes: u64) -> u64 {
     let zeros = |bytes: u64| bytes.wrapping_sub(ONES) & !bytes;
-    zeros(bytes ^ ONES * b'"' as u64) | zeros(bytes ^ ONES * b'\\' as u64)
+    zeros(bytes ^ QUOTES) | zeros(bytes ^ BACKSLASHES)
 }
 
 /// Its top bit is set in each byte that is no digit, and perhaps in one behind it.
 #[inline]
 fn no_digits(bytes: u64) -> u64 {
-    let values = bytes ^ ONES * b'0' as u64;
+    let values = bytes ^ ZEROS;
     values.wrapping_add(ONES * (0x80 - 10)) | values
 }
 
@@ -298,6 +302,33 @@ mod tests {
             find(&mut layouts, &pointer, &trade("BTCUSDT", 10_000, 5000));
         }
         assert_eq!(layouts.trust, TRUST);
+    }
+
+    #[test]
+    fn the_layout_that_fitted_last_is_tried_first_and_does_not_make_room() {
+        let pointer = Pointer::parse("/t").unwrap();
+        let mut layouts = Layouts::default();
+        for symbol in ["A", "AB", "ABC", "ABCD", "A"] {
+            find(&mut layouts, &pointer, &trade(symbol, 10_000, 5000));
+        }
+        assert_eq!((layouts.latest, layouts.oldest), (0, 0));
+        find(&mut layouts, &pointer, &trade("ABCDE", 10_000, 5000));
+        assert_eq!((layouts.latest, layouts.oldest), (1, 2));
+        assert!(layouts.known[0].fits(trade("B", 12_345, 5678).as_bytes()));
+    }
+
+    #[test]
+    fn what_is_short_or_long_or_has_escapes_is_not_remembered() {
+        let pointer = Pointer::parse("/a").unwrap();
+        let mut layouts = Layouts::default();
+        let long = format!(r#"{{"b":"{}","a":1}}"#, "x".repeat(LONGEST));
+        for text in [r#"{"a":1}"#, r#"{"b":"\n","a":1}"#, &long] {
+            assert_eq!(find(&mut layouts, &pointer, text).as_deref(), Some("1"), "{text}");
+        }
+        assert_eq!(find(&mut layouts, &pointer, r#"{"b":1234567}"#), None);
+        assert!(layouts.known.is_empty());
+        find(&mut layouts, &pointer, r#"{"a" :1}"#);
+        assert_eq!(layouts.known.len(), 1);
     }
 
     #[test]
