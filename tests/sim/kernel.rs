@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::cmp::Ordering;
-use std::collections::{BTreeSet, BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::time::{Duration, Instant};
 
 use generator::{Generator, Gn};
@@ -111,6 +111,8 @@ pub(crate) struct Kernel {
     pub(crate) trace: bool,
     pub(crate) log: VecDeque<String>,
     pub(crate) faults: u64,
+    /// How often each fault struck.
+    pub(crate) tally: BTreeMap<String, u64>,
     pub(crate) steps: u64,
     /// Chance that a fallible call of the system fails.
     pub(crate) failing: f64,
@@ -163,6 +165,7 @@ impl Kernel {
             trace,
             log: VecDeque::new(),
             faults: 0,
+            tally: BTreeMap::new(),
             steps: 0,
             failing: 0.0,
             strike: None,
@@ -223,6 +226,12 @@ impl Kernel {
             }
             self.log.push_back(line);
         }
+    }
+
+    /// A fault strikes: one of [`BOOK`](crate::faults::BOOK), or a call that fails.
+    pub(crate) fn fault(&mut self, name: impl Into<String>) {
+        self.faults += 1;
+        *self.tally.entry(name.into()).or_default() += 1;
     }
 
     /// A promise is broken; the first one counts.

@@ -19,7 +19,8 @@ use crate::logic::identity::Identity;
 use crate::logic::overflow::Overflow;
 use crate::logic::pointer::Pointer;
 use crate::metrics::{ConnectionMetrics, Counter};
-use crate::server::Rates;
+use crate::planted::{Bug, planted};
+use crate::server::{MAX_REDIRECTS, Rates};
 use crate::threads::Spawner;
 use crate::threads::connection::{Classifier, ConnectionPolicy, IdSource, Ids};
 use crate::threads::events::Hub;
@@ -56,6 +57,8 @@ pub(crate) struct Scene {
     pub(crate) closes: Option<u64>,
     /// When the servers cut all connections.
     pub(crate) cut: Option<u64>,
+    /// When the consumer leaves for good.
+    pub(crate) leaves: Option<u64>,
 }
 
 impl Scene {
@@ -81,6 +84,7 @@ impl Scene {
             end,
             closes: k.chance(0.25).then(|| k.range(0, end)),
             cut: None,
+            leaves: k.chance(0.05).then(|| k.range(0, end)),
             setup,
             rates,
         }
@@ -177,6 +181,14 @@ pub(crate) fn draw_setup(k: &mut Kernel) -> Setup {
     }
 }
 
+fn redirect_limit() -> u32 {
+    match () {
+        () if planted(Bug::RedirectsNotLimited) => u32::MAX,
+        () if planted(Bug::RedirectsRefused) => 0,
+        () => MAX_REDIRECTS,
+    }
+}
+
 fn identity() -> Identity {
     Identity::new([7; crate::logic::identity::KEY])
 }
@@ -205,7 +217,11 @@ pub(crate) fn share(setup: &Setup, spawner: Spawner) -> Shared {
     };
     let sessions = setup.sessions;
     let policy = ConnectionPolicy {
-        dial: DialPolicy { connect_timeout: setup.connect, redirect_limit: 3, tls: tls() },
+        dial: DialPolicy {
+            connect_timeout: setup.connect,
+            redirect_limit: redirect_limit(),
+            tls: tls(),
+        },
         limits: Limits { read_buffer: 4096, max_message: 64 * 1024 },
         retry: RetryPolicy {
             backoff: backoff(setup),
@@ -227,7 +243,8 @@ pub(crate) fn share(setup: &Setup, spawner: Spawner) -> Shared {
                 as crate::threads::connection::SessionFactory
         }),
         openings: (0..setup.openings).map(|n| Outgoing::from(format!("open {n}"))).collect(),
-        classifier: setup.classifier.then(|| Arc::new(user::classify) as Classifier),
+        classifier: (setup.classifier && !planted(Bug::ClassifierNotAsked))
+            .then(|| Arc::new(user::classify) as Classifier),
         resolver: Arc::new(user::resolver),
         close_timeout: setup.close,
     };

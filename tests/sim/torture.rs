@@ -231,6 +231,7 @@ fn scene(setup: Setup) -> Scene {
         settles: Duration::from_secs(60),
         closes: None,
         cut: Some(12 * SECOND),
+        leaves: None,
     }
 }
 

@@ -65,8 +65,9 @@ fn misbehave() -> Result<(), BoxError> {
     let kind = with(|k| {
         let p = if k.sv.healed { 0.0 } else { k.sv.rates.session };
         if k.chance(p) {
-            k.faults += 1;
-            k.range(1, 4)
+            let kind = k.range(1, 4);
+            k.fault(["session fails", "session panics", "session stalls"][kind as usize - 1]);
+            kind
         } else {
             0
         }
@@ -86,6 +87,9 @@ pub(crate) fn resolver(host: &str, port: u16) -> std::io::Result<Vec<SocketAddr>
     let (wait, fails, two) = with(|k| {
         let rate = if k.sv.healed { 0.0 } else { k.sv.rates.dns };
         let slow = k.chance(rate * 0.3);
+        if slow {
+            k.fault("look-up is slow");
+        }
         let wait = if slow { k.range(0, 20_000) } else { k.range(1, 50) };
         (Duration::from_millis(wait), k.chance(rate), k.chance(0.3))
     });
@@ -98,10 +102,11 @@ pub(crate) fn resolver(host: &str, port: u16) -> std::io::Result<Vec<SocketAddr>
         Some(_) => return Ok(Vec::new()),
     }
     if fails {
-        with(|k| k.faults += 1);
         if kernel::chance(0.1) {
+            with(|k| k.fault("look-up panics"));
             panic!("planned panic of a resolver");
         }
+        with(|k| k.fault("look-up fails"));
         return Err(std::io::Error::other("no such host"));
     }
     let conn: u8 = host.trim_start_matches("feed").trim_end_matches(".sim").parse().unwrap_or(0);
@@ -117,7 +122,7 @@ fn may_hang() {
         p > 0.0 && k.chance(p)
     });
     if hangs {
-        with(|k| k.faults += 1);
+        with(|k| k.fault("user code never returns"));
         faults::hang();
     }
 }
@@ -127,6 +132,11 @@ pub(crate) fn classify(error: &Error, default: Recovery) -> Recovery {
     match error.kind() {
         ErrorKind::Http { status: 401, .. } => Recovery::Recoverable,
         ErrorKind::Closed { code: 4321 } => Recovery::Unrecoverable,
+        // The crate's own view takes its place.
+        ErrorKind::Closed { code: 1001 | 1003 } => {
+            with(|k| k.fault("classifier panics"));
+            panic!("planned panic of a classifier");
+        }
         _ => default,
     }
 }
@@ -139,16 +149,20 @@ pub(crate) fn hook(attempt: &Attempt) -> Result<Request, BoxError> {
         let healed = k.sv.healed;
         let (hook, tls) = (k.sv.rates.hook, k.sv.rates.tls);
         let fault = !healed && k.chance(hook);
-        k.faults += u64::from(fault);
         (fault, !healed && k.chance(tls), k.chance(0.5))
     });
     if fault && kernel::chance(0.5) {
+        with(|k| k.fault("request hook panics"));
         panic!("planned panic of a request hook");
     }
     if fault {
+        with(|k| k.fault("request hook fails"));
         return Err("planned failure of a request hook".into());
     }
     let (scheme, port) = if tls { ("wss", 443) } else { ("ws", 80) };
     let host = if by_name { format!("feed{conn}.sim") } else { format!("10.0.{conn}.1") };
-    Ok(Request::new(format!("{scheme}://{host}:{port}/feed?e={epoch}")))
+    let request = Request::new(format!("{scheme}://{host}:{port}/feed?e={epoch}"));
+    let request = request.header("Authorization", "of the first origin");
+    let offers = kernel::chance(0.3);
+    Ok(if offers { request.subprotocol("first").subprotocol("second") } else { request })
 }
