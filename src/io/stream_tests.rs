@@ -280,6 +280,23 @@ fn one_byte_at_a_time_says_the_same_as_all_at_once() {
 }
 
 #[test]
+fn a_run_ends_with_the_message_that_fills_256_kib() {
+    const KIB: usize = 1024;
+    // With their heads, 256 of them are as much as a run holds.
+    let message = frame(0x82, &[7; KIB - 4]);
+    let wire = Rc::new(RefCell::new(Wire::new(&message.repeat(600))));
+    let limits = Limits { read_buffer: 1024 * KIB, ..LIMITS };
+    let mut ws = Websocket::new(End(Rc::clone(&wire)), Vec::new(), limits);
+    let mut runs = Vec::new();
+    while runs.iter().sum::<usize>() < 600 {
+        let mut seen = Vec::new();
+        assert!(read_run(&mut ws, usize::MAX, &mut seen).unwrap().is_none(), "after {runs:?}");
+        runs.push(seen.len());
+    }
+    assert_eq!(runs, [256, 256, 88]);
+}
+
+#[test]
 fn a_stall_at_any_byte_loses_and_repeats_nothing() {
     let (bytes, expected) = talk();
     for (at, most) in (0..=bytes.len()).flat_map(|at| WAYS.map(|most| (at, most))) {

@@ -120,7 +120,8 @@ pub(crate) fn draw_rates(k: &mut Kernel, setup: &Setup) -> Rates {
         message: Duration::from_millis(k.pick(&[600, 2000, 6000, 20_000])),
         burst: k.pick(&[1, 1, 5, 40]),
         dribble: k.chance(0.3),
-        big: k.pick(&[0.0, 0.02, 0.2]),
+        big: if setup.queue > 1000 { k.pick(&[0.02, 1.0]) } else { k.pick(&[0.0, 0.02, 0.2]) },
+        window: if setup.queue > 1000 { 1 << 20 } else { 256 * 1024 },
         slow: k.chance(0.3),
         overlap: k.pick(&[0, 3, 20]) + if reorder > 0.0 { 4 } else { 0 },
     }
@@ -136,7 +137,7 @@ pub(crate) fn draw_setup(k: &mut Kernel) -> Setup {
         Overflow::DropNewest,
         Overflow::Disconnect,
     ]);
-    let queue = k.pick(&[1usize, 8, 64, 1000]);
+    let queue = k.pick(&[1usize, 8, 64, 1000, 10_000]);
     let dedup = k.chance(0.75).then(|| k.pick(&[64, 5000, 1_000_000]));
     let base = Duration::from_millis(k.pick(&[100, 500, 2000]));
     let (exponential, other) = (Strategy::Exponential, k.range(0, 12));
@@ -198,11 +199,16 @@ fn tls() -> TlsSource {
     TLS.get_or_init(TlsSource::default).clone()
 }
 
+/// Messages that a program may queue: in some worlds, more than a turn sends.
+pub(crate) fn outbox(queue: usize) -> usize {
+    if queue > 1000 { 600 } else { 40 }
+}
+
 pub(crate) fn share(setup: &Setup, spawner: Spawner) -> Shared {
     let inboxes: Vec<Arc<Inbox>> = (0..setup.connections)
         .map(|_| {
             Arc::new(Inbox::new(crate::threads::inbox::OutboxLimits {
-                messages: 40,
+                messages: outbox(setup.queue),
                 bytes: 1 << 20,
             }))
         })

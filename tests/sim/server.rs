@@ -18,9 +18,6 @@ pub(crate) const MAX_REDIRECTS: u32 = 3;
 /// The payloads of a server's pings.
 const PINGS: [&[u8]; 3] = [b"early", b"between", b"0123456789"];
 
-/// Bytes that a server sends ahead of what the client has read.
-const WINDOW: usize = 256 * 1024;
-
 /// How often each fault strikes; drawn for each seed.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Rates {
@@ -46,6 +43,8 @@ pub(crate) struct Rates {
     pub(crate) burst: u64,
     pub(crate) dribble: bool,
     pub(crate) big: f64,
+    /// Bytes that a server sends ahead of what the client has read.
+    pub(crate) window: usize,
     pub(crate) slow: bool,
     /// Overlap of what is sent again after a reconnect.
     pub(crate) overlap: u64,
@@ -75,6 +74,8 @@ pub(crate) struct Servers {
 #[derive(Default)]
 pub(crate) struct Redirected {
     origin: String,
+    /// The host that it was sent to last, or came to.
+    host: String,
     count: u32,
     /// It has been at another origin.
     strayed: bool,
@@ -87,6 +88,8 @@ pub(crate) struct Feed {
     /// Failed messages to be sent again.
     pub(crate) again: VecDeque<u64>,
     pub(crate) ended: bool,
+    /// When an address of its server refused, if none has accepted since.
+    refused: Option<u64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -191,6 +194,7 @@ pub(crate) fn connect(addr: SocketAddr, black_hole: bool) -> usize {
     with(|k| {
         let sock = simnet::open(k, addr);
         let (conn, secure) = (conn_of(addr), addr.port() == 443);
+        next_at_once(k, conn);
         let plan = if black_hole { Plan::BlackHole } else { plan(k, secure) };
         let rates = &k.sv.rates;
         let (dribble, slow) = (rates.dribble, rates.slow);
@@ -256,6 +260,15 @@ fn conn_of(addr: SocketAddr) -> usize {
         std::net::IpAddr::V4(ip) => ip.octets()[2] as usize,
         std::net::IpAddr::V6(ip) => ip.segments()[6] as usize,
     }
+}
+
+/// The host that has this address.
+fn is_at(host: &str, addr: SocketAddr) -> bool {
+    let alias = match addr.ip() {
+        std::net::IpAddr::V4(ip) => ip.octets()[1] == 1,
+        std::net::IpAddr::V6(ip) => ip.segments()[5] == 1,
+    };
+    host.starts_with("alias") == alias
 }
 
 fn plan(k: &mut Kernel, secure: bool) -> Plan {
@@ -332,7 +345,19 @@ impl Plan {
 
 pub(crate) fn connected(k: &mut Kernel, sock: usize) {
     let refused = k.sv.socks[&sock].plan == Plan::Refuse;
+    let conn = k.sv.socks[&sock].conn;
+    k.sv.conns[conn].refused = refused.then_some(k.now);
     simnet::connected(k, sock, !refused);
+}
+
+/// After a refusal the next address is tried at once.
+fn next_at_once(k: &mut Kernel, conn: usize) {
+    let Some(at) = k.sv.conns[conn].refused.take() else { return };
+    let same = k.ck.conns[conn].tries_since(0) && !k.ck.conns[conn].tries_since(at);
+    if same && k.now > at + 100 * MS {
+        let waited = (k.now - at) / MS;
+        k.broken("next-address-at-once", || format!("conn {conn}: {waited} ms later"));
+    }
 }
 
 /// Bytes of the client come in.
@@ -381,9 +406,18 @@ fn request(k: &mut Kernel, sock: usize) {
             name.eq_ignore_ascii_case(wanted).then(|| value.trim().to_owned())
         })
     };
+    at_its_address(k, sock, &header("host").unwrap_or_default());
     at_home(k, sock, header("host").unwrap_or_default(), header("authorization").is_some());
     let key = header("sec-websocket-key").unwrap_or_default();
     answer(k, sock, &key, header("sec-websocket-protocol").is_some());
+}
+
+/// A host is sought where it is.
+fn at_its_address(k: &mut Kernel, sock: usize, host: &str) {
+    let addr = k.net.socks[sock].addr;
+    if !is_at(host, addr) {
+        k.broken("host-at-its-address", || format!("{host} at {addr}"));
+    }
 }
 
 /// Redirects are followed so often and no more, and credentials stay with the
@@ -391,7 +425,7 @@ fn request(k: &mut Kernel, sock: usize) {
 fn at_home(k: &mut Kernel, sock: usize, host: String, credentials: bool) {
     let Server { conn, epoch, .. } = k.sv.socks[&sock];
     let Some(way) = k.sv.redirected.get_mut(&(conn, epoch)) else {
-        let way = Redirected { origin: host, ..Redirected::default() };
+        let way = Redirected { origin: host.clone(), host, ..Redirected::default() };
         k.sv.redirected.insert((conn, epoch), way);
         if !credentials {
             k.broken("headers-sent", || format!("conn {conn}, epoch {epoch}"));
@@ -399,7 +433,11 @@ fn at_home(k: &mut Kernel, sock: usize, host: String, credentials: bool) {
         return;
     };
     way.strayed |= host != way.origin;
+    let wanted = way.host.clone();
     let (strayed, count) = (way.strayed, way.count);
+    if host != wanted {
+        k.broken("redirects-followed", || format!("conn {conn}: to {host}, not {wanted}"));
+    }
     if count > MAX_REDIRECTS {
         k.broken("redirects-limited", || format!("conn {conn} follows {count}"));
     }
@@ -465,14 +503,19 @@ fn answer(k: &mut Kernel, sock: usize, key: &str, offered: bool) {
         Plan::Redirect => {
             let Server { conn, epoch, .. } = k.sv.socks[&sock];
             let status = k.pick(&[301, 302, 303, 307, 308]);
-            k.sv.redirected.entry((conn, epoch)).or_default().count += 1;
             let origin = k.pick(&[
                 "",
                 "//10.0.{conn}.1:80",
                 "http://10.0.{conn}.1:80",
                 "http://feed{conn}.sim",
+                "ws://alias{conn}.sim",
             ]);
             let origin = origin.replace("{conn}", &conn.to_string());
+            let way = k.sv.redirected.entry((conn, epoch)).or_default();
+            way.count += 1;
+            if let Some((_, host)) = origin.split_once("//") {
+                way.host = host.trim_end_matches(":80").to_owned();
+            }
             let text = format!(
                 "HTTP/1.1 {status} Go\r\nLocation: {origin}/feed?e={epoch}\r\n\
                  Content-Length: 0\r\n\r\n"
@@ -681,7 +724,7 @@ pub(crate) fn pump(k: &mut Kernel, sock: usize) {
     let mut segment = Vec::new();
     let mut sent = 0;
     loop {
-        if k.net.socks[sock].down + segment.len() >= WINDOW || sent >= 200 {
+        if k.net.socks[sock].down + segment.len() >= rates.window || sent >= 200 {
             if !std::mem::replace(&mut k.sv.socks.get_mut(&sock).unwrap().pumps, true) {
                 k.soon(50 * MS, Ev::Pump(sock));
             }
@@ -909,7 +952,7 @@ pub(crate) fn flood(k: &mut Kernel, sock: usize, left: u32) {
     if server.phase != Phase::Open || server.mute.is_some() || left == 0 {
         return;
     }
-    if k.net.socks[sock].life != Life::Open || k.net.socks[sock].down > WINDOW {
+    if k.net.socks[sock].life != Life::Open || k.net.socks[sock].down > k.sv.rates.window {
         return;
     }
     let mut bytes = Vec::new();

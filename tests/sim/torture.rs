@@ -265,6 +265,7 @@ fn rates() -> Rates {
         message: Duration::from_secs(4),
         burst: 2,
         overlap: 2,
+        window: 256 * 1024,
         ..Rates::default()
     }
 }

@@ -109,9 +109,11 @@ pub(crate) fn resolver(host: &str, port: u16) -> std::io::Result<Vec<SocketAddr>
         with(|k| k.fault("look-up fails"));
         return Err(std::io::Error::other("no such host"));
     }
-    let conn: u8 = host.trim_start_matches("feed").trim_end_matches(".sim").parse().unwrap_or(0);
-    let v4 = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, conn, 1)), port);
-    let v6 = Ipv6Addr::new(0xFD00, 0, 0, 0, 0, 0, u16::from(conn), 1);
+    let alias = u8::from(host.starts_with("alias"));
+    let number = host.trim_start_matches("feed").trim_start_matches("alias");
+    let conn: u8 = number.trim_end_matches(".sim").parse().unwrap_or(0);
+    let v4 = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, alias, conn, 1)), port);
+    let v6 = Ipv6Addr::new(0xFD00, 0, 0, 0, 0, u16::from(alias), u16::from(conn), 1);
     Ok(if two { vec![SocketAddr::new(IpAddr::V6(v6), port), v4] } else { vec![v4] })
 }
 
@@ -160,7 +162,11 @@ pub(crate) fn hook(attempt: &Attempt) -> Result<Request, BoxError> {
         return Err("planned failure of a request hook".into());
     }
     let (scheme, port) = if tls { ("wss", 443) } else { ("ws", 80) };
-    let host = if by_name { format!("feed{conn}.sim") } else { format!("10.0.{conn}.1") };
+    let host = match (by_name, epoch % 2) {
+        (false, _) => format!("10.0.{conn}.1"),
+        (true, 0) => format!("alias{conn}.sim"),
+        (true, _) => format!("feed{conn}.sim"),
+    };
     let request = Request::new(format!("{scheme}://{host}:{port}/feed?e={epoch}"));
     let request = request.header("Authorization", "of the first origin");
     let offers = kernel::chance(0.3);

@@ -597,7 +597,8 @@ impl World {
         if over {
             return;
         }
-        let some = with(|k| k.pick(&[0, 1, 1, 3, 30]));
+        let most = scene::outbox(self.setup.queue) as u64 / 2;
+        let some = with(|k| k.pick(&[0, 1, 1, 3, most]));
         for _ in 0..some {
             let number = self.pushed[conn] + 1;
             let pad = with(|k| k.pick(&[0usize, 0, 10, 200, 3000]));
