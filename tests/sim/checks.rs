@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Step};
 use crate::event::{Event, EventKind, State};
 use crate::kernel::Kernel;
 use crate::logic::overflow::Overflow;
@@ -336,6 +336,10 @@ fn loss(
     } else {
         conn.failures += 1;
     }
+    if uptime.is_none() {
+        cured(k, index, error);
+    }
+    let conn = &mut k.ck.conns[index];
     let (failures, ever) = (conn.failures, conn.ever);
     let limit = if ever { setup.reconnects } else { setup.attempts };
     let used_up = limit.is_some_and(|limit| failures >= limit);
@@ -419,6 +423,17 @@ fn bounds(setup: &Setup, tries: u32, kind: &ErrorKind) -> (Duration, Duration) {
         _ => (Duration::ZERO, Duration::ZERO),
     };
     (low.max(asked_low), high.max(asked_high))
+}
+
+/// An attempt that starts in a healed world succeeds: so a connection is there
+/// again within its back-off's delay and one connect deadline.
+fn cured(k: &mut Kernel, index: usize, error: &Error) {
+    let starts = k.sv.healed && k.ck.conns[index].attempt > k.sv.healed_at;
+    // A look-up that was slow before may be what it waits for, or gets.
+    let dns = matches!(error.kind(), ErrorKind::Dns | ErrorKind::Timeout { step: Step::Dns, .. });
+    if starts && !dns && k.strike.is_none() {
+        k.broken("attempt-succeeds-once-healed", || format!("conn {index}: {}", error.chain()));
+    }
 }
 
 /// What a server said is told as it said it, and only that.

@@ -110,6 +110,8 @@ pub(crate) struct Kernel {
     pub(crate) violation: Option<(&'static str, String)>,
     pub(crate) trace: bool,
     pub(crate) log: VecDeque<String>,
+    /// The write that the log's last line tells of: whose, when, and how much.
+    written: (usize, u64, usize),
     pub(crate) faults: u64,
     /// How often each fault struck.
     pub(crate) tally: BTreeMap<String, u64>,
@@ -164,6 +166,7 @@ impl Kernel {
             violation: None,
             trace,
             log: VecDeque::new(),
+            written: (0, 0, 0),
             faults: 0,
             tally: BTreeMap::new(),
             steps: 0,
@@ -215,6 +218,25 @@ impl Kernel {
 
     pub(crate) fn soon(&mut self, wait: u64, ev: Ev) {
         self.at(self.now + wait, ev);
+    }
+
+    /// A socket takes so much of a write: a row of small ones is one line.
+    pub(crate) fn note_write(&mut self, sock: usize, count: usize, left: usize) {
+        if !self.trace {
+            return;
+        }
+        let start = |count: usize| format!("sock {sock} takes {count}, ");
+        let (its, at, before) = self.written;
+        let last = self.log.back().and_then(|line| line.get(13..));
+        let goes_on = last.is_some_and(|line| line.starts_with(&start(before)));
+        let all = if (its, at) == (sock, self.now) && goes_on {
+            self.log.pop_back();
+            before + count
+        } else {
+            count
+        };
+        self.written = (sock, self.now, all);
+        self.note(|| format!("{}{left} left", start(all)));
     }
 
     pub(crate) fn note(&mut self, text: impl FnOnce() -> String) {

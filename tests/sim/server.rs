@@ -59,6 +59,7 @@ pub(crate) struct Servers {
     pub(crate) conns: Vec<Feed>,
     pub(crate) socks: BTreeMap<usize, Server>,
     pub(crate) healed: bool,
+    pub(crate) healed_at: u64,
     pub(crate) max_message: usize,
     /// Messages that each socket has to begin with.
     pub(crate) openings: u64,
@@ -346,7 +347,10 @@ impl Plan {
 pub(crate) fn connected(k: &mut Kernel, sock: usize) {
     let refused = k.sv.socks[&sock].plan == Plan::Refuse;
     let conn = k.sv.socks[&sock].conn;
-    k.sv.conns[conn].refused = refused.then_some(k.now);
+    // One that lost the race is refused unheard.
+    if k.net.socks[sock].life == Life::Connecting {
+        k.sv.conns[conn].refused = refused.then_some(k.now);
+    }
     simnet::connected(k, sock, !refused);
 }
 
@@ -969,8 +973,10 @@ pub(crate) fn flood(k: &mut Kernel, sock: usize, left: u32) {
 /// From now on nothing goes wrong any more; what is dead stays dead.
 pub(crate) fn heal(k: &mut Kernel) {
     k.sv.healed = true;
+    k.sv.healed_at = k.now;
     let rates = &mut k.sv.rates;
     (rates.skip, rates.duplicate, rates.reorder) = (0.0, 0.0, 0.0);
+    rates.slow = false;
     rates.message = rates.message.min(Duration::from_secs(5));
     let Kernel { sv, net, .. } = k;
     for (sock, server) in &mut sv.socks {

@@ -285,7 +285,7 @@ pub(crate) mod net {
                 let left = it.tx_space;
                 it.last_up = (now + it.delay.0).max(it.last_up + 1);
                 let at = it.last_up;
-                k.note(|| format!("sock {} takes {count} of {}, {left} left", self.0, buf.len()));
+                k.note_write(self.0, count, left);
                 k.at(at, Ev::ToServer(self.0, buf[..count].to_vec()));
                 Ok(count)
             })
