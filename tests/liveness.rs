@@ -148,6 +148,18 @@ mod a_live_peer {
     }
 
     #[test]
+    fn has_answered_no_ping_by_a_pong_of_its_own() {
+        let script = up().ignore_pings().expect("now").send_raw(b"\x8a\x02hi").send("a").hold();
+        let server = serve([script]);
+        let client = start(patient(&server).ping_interval(ms(20)).pong_timeout(LONG));
+        eventually("a ping waits for its pong", || client.metrics().connections[0].pings > 0);
+        client.sender().send("now").unwrap();
+        assert_eq!(text(&client), "a");
+        assert_eq!(client.metrics().connections[0].ping_round_trip, None);
+        close(&client);
+    }
+
+    #[test]
     fn gets_its_ping_of_125_bytes_back_exactly() {
         let payload: Vec<u8> = (0..125).map(|n| n as u8 ^ 0xa5).collect();
         let server = serve([up().ping(&payload).ping("").ping("x")]);

@@ -490,6 +490,23 @@ fn pongs_and_messages_mix_without_a_byte_too_much_at_every_stall() {
 }
 
 #[test]
+fn a_pong_that_comes_late_says_what_the_last_ping_said() {
+    let pings: Vec<_> = (0..10_000_u32).map(|n| n.to_be_bytes()).collect();
+    let bytes: Vec<u8> = pings.iter().flat_map(|ping| frame(0x89, ping)).collect();
+    let (mut ws, wire) = open(&bytes);
+    wire.borrow_mut().usual.1 = Call::Stall;
+    read_all(&mut ws, 0, &mut Vec::new()).unwrap();
+    wire.borrow_mut().usual.1 = Call::Some(usize::MAX);
+    while !ws.flush().unwrap() {}
+    let (pongs, _) = wire.borrow().frames();
+    assert!(pongs.len() < pings.len(), "some were left out");
+    let said: Vec<_> = pongs.iter().map(|(_, payload)| payload.as_slice()).collect();
+    assert_eq!(said.last(), Some(&&pings[9999][..]));
+    let before = &said[..said.len() - 1];
+    assert!(before.iter().zip(&pings).all(|(pong, ping)| pong == ping));
+}
+
+#[test]
 fn a_pong_half_written_is_no_message_half_written() {
     let outbox = outbox();
     let pong = frame(0x8a, &[5; 60]).len() + 4;

@@ -91,6 +91,46 @@ impl Scene {
     }
 }
 
+/// Servers that stop reading, and programs that send.
+pub(crate) fn stalls(scene: &mut Scene) {
+    let Scene { setup, rates, .. } = scene;
+    (setup.ping, setup.pong) = (Some(Duration::from_secs(5)), Duration::from_secs(20));
+    setup.write = Duration::from_secs(10);
+    rates.mishap = Duration::from_secs(15);
+    rates.message = Duration::from_secs(20);
+    (rates.refuse, rates.black_hole, rates.bad_upgrade) = (0.0, 0.0, 0.0);
+    scene.tune();
+}
+
+/// Look-ups that outlive the threads that asked for them.
+pub(crate) fn slow_look_ups(scene: &mut Scene) {
+    let Scene { setup, rates, .. } = scene;
+    setup.connect = Duration::from_secs(3);
+    (setup.restarts, setup.within) = (1000, Duration::from_secs(5));
+    (setup.attempts, setup.reconnects) = (None, None);
+    (rates.dns, rates.bad_upgrade, rates.fatal) = (1.0, 1.0, 0.3);
+    (rates.refuse, rates.black_hole, rates.redirect) = (0.0, 0.0, 0.0);
+    scene.tune();
+    scene.end = 900 * SECOND;
+}
+
+/// Servers that break the protocol.
+pub(crate) fn breaches(scene: &mut Scene) {
+    let Scene { setup, rates, .. } = scene;
+    (setup.restarts, setup.within) = (1000, Duration::from_secs(5));
+    (rates.mishap, rates.fatal) = (Duration::from_secs(30), 0.5);
+    scene.tune();
+}
+
+impl Scene {
+    /// A short world, closed at its end.
+    fn tune(&mut self) {
+        self.end = 300 * SECOND;
+        self.settles = settles(&self.setup);
+        (self.closes, self.leaves) = (None, None);
+    }
+}
+
 /// The longest way back that this setup allows.
 fn settles(setup: &Setup) -> Duration {
     let longest = setup.ping.unwrap_or_default() + setup.pong + setup.write;

@@ -883,7 +883,15 @@ pub(crate) fn mishap(k: &mut Kernel, sock: usize) {
             k.net.socks[sock].frozen = Some(now);
             over(k, sock);
         }
-        9 => k.sv.socks.get_mut(&sock).unwrap().stalled = Some(now),
+        9 => {
+            k.sv.socks.get_mut(&sock).unwrap().stalled = Some(now);
+            // The way to it may be full already, or nearly.
+            if k.chance(0.5) {
+                let space = k.range(0, 20) as usize;
+                let it = &mut k.net.socks[sock];
+                it.tx_space = it.tx_space.min(space);
+            }
+        }
         10 => k.sv.socks.get_mut(&sock).unwrap().mute = Some(now),
         11 => k.soon(0, Ev::Flood(sock, 3000)),
         12 => k.sv.socks.get_mut(&sock).unwrap().idle = true,
