@@ -88,6 +88,8 @@ pub(crate) struct Checks {
     pub(crate) outs: u64,
     /// Messages that were told to be shed.
     pub(crate) shed: u64,
+    /// Messages that sessions emitted of their own.
+    pub(crate) emitted: u64,
     /// Messages and pings that servers got, by connection.
     pub(crate) got: Vec<(u64, u64)>,
     /// What was told of losses, failures and panics, if it is to be known.
@@ -431,7 +433,10 @@ fn cured(k: &mut Kernel, index: usize, error: &Error) {
     let starts = k.sv.healed && k.ck.conns[index].attempt > k.sv.healed_at;
     // A look-up that was slow before may be what it waits for, or gets.
     let dns = matches!(error.kind(), ErrorKind::Dns | ErrorKind::Timeout { step: Step::Dns, .. });
-    if starts && !dns && k.strike.is_none() {
+    // Nothing is read where too much is held back already.
+    let opening = matches!(error.kind(), ErrorKind::Timeout { step: Step::Opening, .. });
+    let full = opening && k.ck.conns[index].is_blocked();
+    if starts && !dns && !full && k.strike.is_none() {
         k.broken("attempt-succeeds-once-healed", || format!("conn {index}: {}", error.chain()));
     }
 }

@@ -122,6 +122,19 @@ pub(crate) fn breaches(scene: &mut Scene) {
     scene.tune();
 }
 
+/// Consumers that are away when sessions open.
+pub(crate) fn full_queues(scene: &mut Scene) {
+    let Scene { setup, rates, .. } = scene;
+    (setup.sessions, setup.overflow) = (true, Overflow::Block);
+    (setup.queue, setup.block) = (64, 8);
+    (setup.restarts, setup.within) = (1000, Duration::from_secs(5));
+    rates.mishap = Duration::from_secs(15);
+    rates.overlap = 20;
+    (rates.burst, rates.message) = (40, Duration::from_millis(600));
+    scene.tune();
+    (scene.stall, scene.consume_most) = (0.01, 10);
+}
+
 impl Scene {
     /// A short world, closed at its end.
     fn tune(&mut self) {

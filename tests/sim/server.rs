@@ -713,19 +713,27 @@ fn resume(k: &mut Kernel, sock: usize, at: u64) {
         return;
     }
     k.sv.socks.get_mut(&sock).unwrap().welcomed = true;
-    send_down(k, sock, Arrival::Bytes(frame(0x81, b"welcome")));
-    pump(k, sock);
+    // Alone, or with what follows.
+    if k.chance(0.5) {
+        send_down(k, sock, Arrival::Bytes(frame(0x81, b"welcome")));
+        pump(k, sock);
+    } else {
+        pump_behind(k, sock, frame(0x81, b"welcome"));
+    }
 }
 
 /// Sends what the feed has, as far as the window goes.
 pub(crate) fn pump(k: &mut Kernel, sock: usize) {
+    pump_behind(k, sock, Vec::new());
+}
+
+fn pump_behind(k: &mut Kernel, sock: usize, mut segment: Vec<u8>) {
     let Some(server) = k.sv.socks.get(&sock) else { return };
     let (conn, epoch) = (server.conn, server.epoch);
     if server.phase != Phase::Open || server.waits || server.mute.is_some() || server.idle {
         return;
     }
     let rates = k.sv.rates.clone();
-    let mut segment = Vec::new();
     let mut sent = 0;
     loop {
         if k.net.socks[sock].down + segment.len() >= rates.window || sent >= 200 {

@@ -5,14 +5,17 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use crate::error::{BoxError, Error, ErrorKind, Recovery};
+use crate::event::EventKind;
 use crate::faults::{self, Call, Fault, fault};
 use crate::handler::{Attempt, Data, Link, Request, Session};
-use crate::kernel::{self, with};
+use crate::kernel::{self, Kernel, with};
 
 /// The session of a world: says where to resume, waits for its welcome.
 #[derive(Default)]
 pub(crate) struct Subscriber {
     welcome: bool,
+    /// The thread's turn in which it was ready.
+    ready_in: Option<u64>,
 }
 
 impl Subscriber {
@@ -34,10 +37,16 @@ impl Session for Subscriber {
     }
 
     fn on_message(&mut self, data: Data<'_>, link: &mut Link<'_>) -> Result<(), BoxError> {
+        with(|k| {
+            if self.ready_in == Some(k.steps) && is_blocked(k, link.connection()) {
+                k.broken("reads-what-it-must-while-blocked", || "one more".to_owned());
+            }
+        });
         faults::user_code(Call::OnMessage)?;
         if !self.welcome {
             if data.as_bytes() == b"welcome" {
                 self.welcome = true;
+                self.ready_in = Some(with(|k| k.steps));
                 link.ready();
             }
             return Ok(());
@@ -56,8 +65,21 @@ impl Session for Subscriber {
     fn on_heartbeat(&mut self, link: &mut Link<'_>) -> Result<(), BoxError> {
         faults::user_code(Call::OnHeartbeat)?;
         link.send("beat");
+        // A session may emit what nothing was read for, also while there is no room.
+        let conn = link.connection();
+        if with(|k| is_blocked(k, conn)) {
+            with(|k| k.ck.emitted += 1);
+            link.emit("{\"skip\":\"nothing\"}");
+        }
         Ok(())
     }
+}
+
+/// Whether the queue has no room for this connection, also if it got some just now.
+fn is_blocked(k: &Kernel, conn: usize) -> bool {
+    let mut told = k.told.iter().filter(|(_, event)| event.connection == conn);
+    let room = told.any(|(_, event)| matches!(event.kind, EventKind::Blocked(false)));
+    k.ck.conns[conn].is_blocked() && !room
 }
 
 fn misbehave() -> Result<(), BoxError> {

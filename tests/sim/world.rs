@@ -34,6 +34,7 @@ const REGRESSIONS: &[(&str, fn(&mut Scene))] = &[
     ("a_ping_that_the_socket_did_not_take_started_no_write_deadline", scene::stalls),
     ("a_look_up_of_an_earlier_thread_was_taken_for_its_successors", scene::slow_look_ups),
     ("the_close_frame_that_tells_of_a_breach_was_not_counted", scene::breaches),
+    ("a_session_that_opened_for_a_full_queue_read_on_until_none_could_open", scene::full_queues),
 ];
 
 /// Seeds of each such world.
@@ -468,6 +469,7 @@ impl World {
             if !ledger.balanced() {
                 k.broken("ledger-balanced", || ledger.to_string());
             }
+            let read = read + k.ck.emitted;
             if ledger.received != read && k.ck.failed.is_none() {
                 // What is read in a turn is entered before the turn ends.
                 k.broken("ledger-complete", || format!("{read} read, {ledger}"));
