@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use broadsock::testing::{Payload, Record, Script, Server};
-use broadsock::{BoxError, ClientBuilder, Data, ErrorKind, Link, Session};
+use broadsock::{BoxError, ClientBuilder, Data, ErrorKind, EventKind, Link, Outgoing, Session};
 use support::*;
 
 /// Pings quickly, and does not wait long for an answer: for peers that are gone.
@@ -296,6 +296,31 @@ mod a_peer_that_does_not_read {
         assert_eq!(next_loss(&events), ErrorKind::WriteStalled);
         assert!(server.wait_for(|record| record.texts().any(|text| text == "end"), LONG));
         close(&client);
+    }
+
+    /// Answers each message by as many as it may.
+    struct Verbose(Outgoing);
+
+    impl Session for Verbose {
+        fn on_message(&mut self, _: Data<'_>, link: &mut Link<'_>) -> Result<(), BoxError> {
+            (0..4096).for_each(|_| link.send(self.0.clone()));
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn is_left_by_a_session_that_says_more_than_may_wait() {
+        let script = up().stop_reading().numbers(0..100);
+        let server = Server::script([script]).receive_buffer(4096).start().unwrap();
+        let verbose = || Verbose(Outgoing::from("x".repeat(1000)));
+        let client = start(builder(&server).write_timeout(LONG * 2).session(verbose));
+        let told = find(&client.events(), |event| match event.kind {
+            EventKind::Lost { error, .. } => Some(error),
+            _ => None,
+        });
+        assert_eq!(told.kind(), &ErrorKind::Session);
+        assert!(told.to_string().contains("more than 65536 messages"), "{told}");
+        client.close(ms(500));
     }
 
     /// So many that their pongs fill every buffer, and the last one besides
