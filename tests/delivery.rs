@@ -463,6 +463,42 @@ mod overflow {
         client.iter().for_each(drop);
         assert_eq!(audit(&client).ledger.in_flight, 0);
     }
+
+    /// Is ready when it was welcomed, and says so.
+    struct Welcomed;
+
+    impl Session for Welcomed {
+        fn on_open(&mut self, link: &mut Link<'_>) -> Result<(), BoxError> {
+            link.hold();
+            Ok(())
+        }
+
+        fn on_message(&mut self, data: Data<'_>, link: &mut Link<'_>) -> Result<(), BoxError> {
+            if data.as_bytes() == b"welcome" {
+                link.ready();
+                link.send("thank you");
+            } else {
+                link.emit(data);
+            }
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn sessions_open_again_and_again_although_nobody_takes_what_they_bring() {
+        const EPOCHS: u64 = 40;
+        // The welcome comes with what follows it.
+        let text = |text: &str| [&[0x81, text.len() as u8], text.as_bytes()].concat();
+        let all = [&text("welcome")[..], &text("a").repeat(50)].concat();
+        let server = serve([up().send_raw(all).expect("thank you").cut()]);
+        // While nothing is read, a ping finds out that the server has cut.
+        let builder = builder(&server).ping_interval(ms(10)).pong_timeout(LONG);
+        let client = start(builder.queue(32).session(|| Welcomed));
+        eventually("so many epochs were ready", || client.metrics().connects() >= EPOCHS);
+        let ledger = audit(&client).ledger;
+        assert_eq!((ledger.delivered, ledger.dropped), (0, 0), "{ledger}");
+        close(&client);
+    }
 }
 
 mod dedup {

@@ -151,7 +151,6 @@ fn losses_by_fin() {
     });
 }
 
-/// In a process of its own, for the limit is the process's.
 /// In flight, one of 64 that a pull brought must not keep the others in memory.
 fn what_came_with_a_message_that_is_tried_again() {
     const ALL: u64 = 1600;
@@ -190,6 +189,7 @@ impl<F: FnMut(usize) -> Pull + Send + 'static> Source for Pulls<F> {
     }
 }
 
+/// In a process of its own, for the limit is the process's.
 fn too_few_descriptors_for_every_thread() {
     let ran = Command::new("sh")
         .args(["-c", r#"ulimit -n 40 && exec "$0" "$@""#])

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use broadsock::testing::{Payload, Record, Script, Server};
-use broadsock::{BoxError, ClientBuilder, Data, ErrorKind, Link, Session};
+use broadsock::{BoxError, ClientBuilder, Data, ErrorKind, EventKind, Link, Outgoing, Session};
 use support::*;
 
 /// Pings quickly, and does not wait long for an answer: for peers that are gone.
@@ -143,6 +143,18 @@ mod a_live_peer {
         let client = start(builder(&server));
         let message = next(&client);
         assert_eq!((message.text(), message.metadata().epoch), (Some("a"), 1));
+        assert_eq!(client.metrics().connections[0].ping_round_trip, None);
+        close(&client);
+    }
+
+    #[test]
+    fn has_answered_no_ping_by_a_pong_of_its_own() {
+        let script = up().ignore_pings().expect("now").send_raw(b"\x8a\x02hi").send("a").hold();
+        let server = serve([script]);
+        let client = start(patient(&server).ping_interval(ms(20)).pong_timeout(LONG));
+        eventually("a ping waits for its pong", || client.metrics().connections[0].pings > 0);
+        client.sender().send("now").unwrap();
+        assert_eq!(text(&client), "a");
         assert_eq!(client.metrics().connections[0].ping_round_trip, None);
         close(&client);
     }
@@ -284,6 +296,31 @@ mod a_peer_that_does_not_read {
         assert_eq!(next_loss(&events), ErrorKind::WriteStalled);
         assert!(server.wait_for(|record| record.texts().any(|text| text == "end"), LONG));
         close(&client);
+    }
+
+    /// Answers each message by as many as it may.
+    struct Verbose(Outgoing);
+
+    impl Session for Verbose {
+        fn on_message(&mut self, _: Data<'_>, link: &mut Link<'_>) -> Result<(), BoxError> {
+            (0..4096).for_each(|_| link.send(self.0.clone()));
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn is_left_by_a_session_that_says_more_than_may_wait() {
+        let script = up().stop_reading().numbers(0..100);
+        let server = Server::script([script]).receive_buffer(4096).start().unwrap();
+        let verbose = || Verbose(Outgoing::from("x".repeat(1000)));
+        let client = start(builder(&server).write_timeout(LONG * 2).session(verbose));
+        let told = find(&client.events(), |event| match event.kind {
+            EventKind::Lost { error, .. } => Some(error),
+            _ => None,
+        });
+        assert_eq!(told.kind(), &ErrorKind::Session);
+        assert!(told.to_string().contains("more than 65536 messages"), "{told}");
+        client.close(ms(500));
     }
 
     /// So many that their pongs fill every buffer, and the last one besides

@@ -5,12 +5,14 @@
 mod support;
 
 use std::collections::BTreeSet;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
+use broadsock::crossbeam_channel::{self, bounded};
 use broadsock::testing::{Payload, Received, Script, Server};
 use broadsock::{
-    BoxError, Client, Data, EventKind, Link, Outgoing, SendErrorReason, Session, WhileDown,
+    BoxError, Client, Data, EventKind, Link, Outgoing, SendErrorReason, Sender, Session, WhileDown,
 };
 use support::*;
 
@@ -74,6 +76,47 @@ mod leaving {
             }
             close(&client);
         });
+    }
+
+    /// Sends whenever the outbox of one message has room, and notes how many
+    /// messages it was shown in between.
+    struct Impatient {
+        sender: Arc<OnceLock<Sender>>,
+        shown: Vec<usize>,
+        told: crossbeam_channel::Sender<Vec<usize>>,
+    }
+
+    impl Session for Impatient {
+        fn on_message(&mut self, data: Data<'_>, _: &mut Link<'_>) -> Result<(), BoxError> {
+            let sender = self.sender.get().expect("set before anything was asked for");
+            match sender.try_send("let me out") {
+                Ok(()) => self.shown.push(0),
+                Err(_) => *self.shown.last_mut().expect("the first one found room") += 1,
+            }
+            if data.as_bytes() == b"last" {
+                self.told.send(std::mem::take(&mut self.shown))?;
+            }
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_session_with_much_to_read_is_interrupted_for_what_is_to_be_sent() {
+        let (told, tells) = bounded(1);
+        let sender = Arc::new(OnceLock::new());
+        let server = serve([up().expect("go").repeat(["x"; 999], 1).send("last").hold()]);
+        let its = Arc::clone(&sender);
+        let client = connect(builder(&server).queue(10_000).outbox(1).session(move || Impatient {
+            sender: Arc::clone(&its),
+            shown: Vec::new(),
+            told: told.clone(),
+        }));
+        sender.set(client.sender()).expect("set once");
+        client.sender().send("go").unwrap();
+        let shown = tells.recv_timeout(LONG).unwrap();
+        assert!(shown.iter().all(|count| *count <= 64), "{shown:?}");
+        drop(sender);
+        close(&client);
     }
 
     #[test]

@@ -280,6 +280,23 @@ fn one_byte_at_a_time_says_the_same_as_all_at_once() {
 }
 
 #[test]
+fn a_run_ends_with_the_message_that_fills_256_kib() {
+    const KIB: usize = 1024;
+    // With their heads, 256 of them are as much as a run holds.
+    let message = frame(0x82, &[7; KIB - 4]);
+    let wire = Rc::new(RefCell::new(Wire::new(&message.repeat(600))));
+    let limits = Limits { read_buffer: 1024 * KIB, ..LIMITS };
+    let mut ws = Websocket::new(End(Rc::clone(&wire)), Vec::new(), limits);
+    let mut runs = Vec::new();
+    while runs.iter().sum::<usize>() < 600 {
+        let mut seen = Vec::new();
+        assert!(read_run(&mut ws, usize::MAX, &mut seen).unwrap().is_none(), "after {runs:?}");
+        runs.push(seen.len());
+    }
+    assert_eq!(runs, [256, 256, 88]);
+}
+
+#[test]
 fn a_stall_at_any_byte_loses_and_repeats_nothing() {
     let (bytes, expected) = talk();
     for (at, most) in (0..=bytes.len()).flat_map(|at| WAYS.map(|most| (at, most))) {
@@ -470,6 +487,23 @@ fn pongs_and_messages_mix_without_a_byte_too_much_at_every_stall() {
         assert_eq!(control, pongs(), "each ping is answered once, stalled at call {at}");
         assert_eq!(data, outbox().iter().map(sent).collect::<Vec<_>>(), "stalled at call {at}");
     }
+}
+
+#[test]
+fn a_pong_that_comes_late_says_what_the_last_ping_said() {
+    let pings: Vec<_> = (0..10_000_u32).map(|n| n.to_be_bytes()).collect();
+    let bytes: Vec<u8> = pings.iter().flat_map(|ping| frame(0x89, ping)).collect();
+    let (mut ws, wire) = open(&bytes);
+    wire.borrow_mut().usual.1 = Call::Stall;
+    read_all(&mut ws, 0, &mut Vec::new()).unwrap();
+    wire.borrow_mut().usual.1 = Call::Some(usize::MAX);
+    while !ws.flush().unwrap() {}
+    let (pongs, _) = wire.borrow().frames();
+    assert!(pongs.len() < pings.len(), "some were left out");
+    let said: Vec<_> = pongs.iter().map(|(_, payload)| payload.as_slice()).collect();
+    assert_eq!(said.last(), Some(&&pings[9999][..]));
+    let before = &said[..said.len() - 1];
+    assert!(before.iter().zip(&pings).all(|(pong, ping)| pong == ping));
 }
 
 #[test]

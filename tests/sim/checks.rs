@@ -4,10 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Step};
 use crate::event::{Event, EventKind, State};
 use crate::kernel::Kernel;
 use crate::logic::overflow::Overflow;
+use crate::metrics::{ConnectionMetrics, Ledger};
+use crate::server::{MAX_REDIRECTS, Said, Server, redirects};
 use crate::simnet::Life;
 
 /// What turns, hooks and the order of coroutines may add to any deadline.
@@ -84,6 +86,12 @@ pub(crate) struct Checks {
     pub(crate) transitions: u64,
     pub(crate) reconnects: u64,
     pub(crate) outs: u64,
+    /// Messages that were told to be shed.
+    pub(crate) shed: u64,
+    /// Messages that sessions emitted of their own.
+    pub(crate) emitted: u64,
+    /// Messages and pings that servers got, by connection.
+    pub(crate) got: Vec<(u64, u64)>,
     /// What was told of losses, failures and panics, if it is to be known.
     pub(crate) causes: Option<Vec<String>>,
 }
@@ -109,6 +117,12 @@ pub(crate) struct Conn {
     pub(crate) connected_at: Option<u64>,
     /// When its last socket was upgraded.
     upgraded: u64,
+    /// Transitions and restarts that were told.
+    attempts: u64,
+    connects: u64,
+    restarted: u64,
+    /// Its upgraded sockets, and the bytes of answer and request on each.
+    socks: Vec<(usize, u64, u64)>,
 }
 
 fn nanos(time: Duration) -> u64 {
@@ -138,16 +152,16 @@ pub(crate) fn on_event(k: &mut Kernel, at: u64, event: &Event) {
         causes.extend(cause(&event.kind));
     }
     match &event.kind {
-        EventKind::State { from, to, .. } => transition(k, at, index, *from, *to),
+        EventKind::State { from, to, .. } => transition(k, at, index, event.epoch, *from, *to),
         EventKind::AttemptFailed { retry_in, error, attempt } => {
-            loss(k, at, index, None, *retry_in, error);
+            loss(k, at, (index, event.epoch), None, *retry_in, error);
             let failures = k.ck.conns[index].failures;
             if *attempt != failures {
                 k.broken("attempts-counted", || format!("{attempt} told, {failures} happened"));
             }
         }
         EventKind::Lost { uptime, retry_in, error } => {
-            loss(k, at, index, Some(*uptime), *retry_in, error);
+            loss(k, at, (index, event.epoch), Some(*uptime), *retry_in, error);
         }
         EventKind::Blocked(blocked) => {
             let conn = &mut k.ck.conns[index];
@@ -160,6 +174,7 @@ pub(crate) fn on_event(k: &mut Kernel, at: u64, event: &Event) {
         }
         EventKind::Restarting { delay, .. } => restarting(k, at, index, *delay),
         EventKind::Failed { error, .. } => failed(k, at, index, error),
+        EventKind::Dropped { count, .. } => k.ck.shed += count,
         EventKind::Stuck { threads } => {
             let stuck = |name: &&String| !name.contains("dns") && !k.hung.contains(*name);
             let threads = threads.iter().filter(stuck).count();
@@ -200,7 +215,7 @@ fn legal(from: State, to: State, ending: bool) -> bool {
     }
 }
 
-fn transition(k: &mut Kernel, at: u64, index: usize, from: State, to: State) {
+fn transition(k: &mut Kernel, at: u64, index: usize, epoch: u64, from: State, to: State) {
     // A client that cannot start all its threads ends before it has begun.
     let fails = k.failing > 0.0 || k.strike.is_some();
     let unstarted = fails && k.now < 1_000_000;
@@ -234,16 +249,36 @@ fn transition(k: &mut Kernel, at: u64, index: usize, from: State, to: State) {
             let conn = &mut k.ck.conns[index];
             conn.due = None;
             conn.attempt = at;
+            conn.attempts += 1;
         }
-        State::Opening => k.ck.conns[index].upgraded = at,
+        State::Opening => {
+            k.ck.conns[index].upgraded = at;
+            upgraded(k, index, epoch);
+        }
         State::Connected => {
             k.ck.reconnects += 1;
             let conn = &mut k.ck.conns[index];
             conn.connected_at = Some(at);
+            conn.connects += 1;
             conn.ever = true;
             one_socket(k, index);
         }
         _ => {}
+    }
+}
+
+/// What was taken for an upgrade is one; from here on its socket's bytes count.
+fn upgraded(k: &mut Kernel, index: usize, epoch: u64) {
+    if k.sv.unacceptable.contains(&(index, epoch)) {
+        k.broken("upgrade-checked", || format!("conn {index} takes any answer, epoch {epoch}"));
+    }
+    let its =
+        |server: &Server| (server.conn, server.epoch) == (index, epoch) && server.is_upgraded();
+    let found = k.sv.socks.iter().find(|(_, server)| its(server));
+    let found = found.map(|(sock, server)| (*sock, server.answer_len, server.request_len));
+    match found {
+        Some(found) => k.ck.conns[index].socks.push(found),
+        None => k.broken("upgrade-checked", || format!("conn {index}: nobody upgraded {epoch}")),
     }
 }
 
@@ -269,9 +304,8 @@ fn curable(kind: &ErrorKind, classifier: bool) -> bool {
         ErrorKind::Http { status: 401, .. } if classifier => true,
         ErrorKind::Closed { code: 4321 } if classifier => false,
         ErrorKind::Http { status, .. } => matches!(status, 408 | 425 | 429 | 500..),
-        ErrorKind::Closed { code } => {
-            matches!(code, 1000 | 1001 | 1005 | 1006 | 1011..=1014 | 3000..=4999)
-        }
+        // A code that nobody has defined yet blames nobody.
+        ErrorKind::Closed { code } => !matches!(code, 1002 | 1003 | 1007..=1010),
         kind => !matches!(
             kind,
             ErrorKind::Certificate
@@ -290,19 +324,24 @@ fn curable(kind: &ErrorKind, classifier: bool) -> bool {
 fn loss(
     k: &mut Kernel,
     at: u64,
-    index: usize,
+    (index, epoch): (usize, u64),
     uptime: Option<Duration>,
     retry_in: Option<Duration>,
     error: &Error,
 ) {
     let setup = k.ck.setup.clone();
     true_verdict(k, at, index, error);
+    true_cause(k, index, epoch, error);
     let conn = &mut k.ck.conns[index];
     if uptime.is_some_and(|uptime| uptime >= setup.stable) {
         (conn.retries, conn.failures) = (0, 0);
     } else {
         conn.failures += 1;
     }
+    if uptime.is_none() {
+        cured(k, index, error);
+    }
+    let conn = &mut k.ck.conns[index];
     let (failures, ever) = (conn.failures, conn.ever);
     let limit = if ever { setup.reconnects } else { setup.attempts };
     let used_up = limit.is_some_and(|limit| failures >= limit);
@@ -388,6 +427,43 @@ fn bounds(setup: &Setup, tries: u32, kind: &ErrorKind) -> (Duration, Duration) {
     (low.max(asked_low), high.max(asked_high))
 }
 
+/// An attempt that starts in a healed world succeeds: so a connection is there
+/// again within its back-off's delay and one connect deadline.
+fn cured(k: &mut Kernel, index: usize, error: &Error) {
+    let starts = k.sv.healed && k.ck.conns[index].attempt > k.sv.healed_at;
+    // A look-up that was slow before may be what it waits for, or gets.
+    let dns = matches!(error.kind(), ErrorKind::Dns | ErrorKind::Timeout { step: Step::Dns, .. });
+    // Nothing is read where too much is held back already.
+    let opening = matches!(error.kind(), ErrorKind::Timeout { step: Step::Opening, .. });
+    let full = opening && k.ck.conns[index].is_blocked();
+    if starts && !dns && !full && k.strike.is_none() {
+        k.broken("attempt-succeeds-once-healed", || format!("conn {index}: {}", error.chain()));
+    }
+}
+
+/// What a server said is told as it said it, and only that.
+fn true_cause(k: &mut Kernel, index: usize, epoch: u64, error: &Error) {
+    let its = |server: &&Server| (server.conn, server.epoch) == (index, epoch);
+    let said = k.sv.socks.values().filter(its).filter_map(|server| server.said).last();
+    let well = match (error.kind(), said) {
+        (ErrorKind::Closed { code }, Some(Said::Close(sent))) => match sent {
+            // No such code may come in a close frame.
+            999 | 1006 | 1015 | 5000 => *code == 1002,
+            sent => *code == sent,
+        },
+        (ErrorKind::Http { status, retry_after }, Some(Said::Status(sent, wait))) => {
+            let asked = wait.map_or(retry_after.is_none(), |wait| wait.is(*retry_after));
+            *status == sent && asked
+        }
+        (ErrorKind::Closed { .. } | ErrorKind::Http { .. }, _) => false,
+        (ErrorKind::Redirect, _) => redirects(k, index, epoch) > MAX_REDIRECTS,
+        _ => true,
+    };
+    if !well {
+        k.broken("cause-true", || format!("conn {index}, {said:?} said: {}", error.chain()));
+    }
+}
+
 /// A verdict of the heartbeat must be true: a server that answers is not dead.
 fn true_verdict(k: &mut Kernel, at: u64, index: usize, error: &Error) {
     if !matches!(error.kind(), ErrorKind::NoPong) {
@@ -415,6 +491,7 @@ fn restarting(k: &mut Kernel, at: u64, index: usize, delay: Duration) {
     let within = nanos(setup.within);
     let conn = &mut k.ck.conns[index];
     conn.restarts.push_back(starts);
+    conn.restarted += 1;
     conn.restarts.retain(|old| old + within >= starts);
     let count = conn.restarts.len();
     (conn.retries, conn.failures, conn.ever) = (0, 0, false);
@@ -468,10 +545,16 @@ pub(crate) fn sweep(k: &mut Kernel) {
     for sock in socks {
         watch(k, sock, &setup);
     }
-    let Kernel { sv, net, .. } = k;
+    let Kernel { sv, net, ck, .. } = k;
     sv.socks.retain(|sock, server| {
         let it = &net.socks[*sock];
-        it.life != Life::Released || it.released_at.is_none_or(|at| now < at + 20_000_000_000)
+        let stays =
+            it.life != Life::Released || it.released_at.is_none_or(|at| now < at + 20_000_000_000);
+        if !stays {
+            ck.got[server.conn].0 += server.messages;
+            ck.got[server.conn].1 += server.pings;
+        }
+        stays
     });
 }
 
@@ -495,6 +578,18 @@ fn watch(k: &mut Kernel, sock: usize, setup: &Setup) {
     }
     let it = &k.net.socks[sock];
     let conn = &k.ck.conns[index];
+    let server = &k.sv.socks[&sock];
+    let idle = it.last_arrival.max(it.last_read).max(conn.unblocked).max(conn.upgraded);
+    if let Some(at) = server.pinged
+        && k.now > at.max(idle) + 2 * (it.delay.1 + SLACK)
+        && !silent
+        && server.is_open()
+        && it.tx_full_since.is_none()
+    {
+        k.broken("pings-answered", || format!("conn {index}, sock {sock}: no pong"));
+    }
+    let it = &k.net.socks[sock];
+    let conn = &k.ck.conns[index];
     let waits = it.last_arrival.max(it.last_read).max(conn.unblocked).max(conn.upgraded);
     if it.is_unread() && k.now > waits + SLACK {
         k.broken("reads-on", || format!("conn {index} leaves sock {sock} unread"));
@@ -513,6 +608,46 @@ fn watch(k: &mut Kernel, sock: usize, setup: &Setup) {
         && k.now > data + nanos(idle) + SLACK
     {
         k.broken("idle-found", || format!("conn {index}, sock {sock} shows no data"));
+    }
+}
+
+/// The counters of a client that has ended are those of what happened.
+pub(crate) fn counters(k: &mut Kernel, index: usize, metrics: &ConnectionMetrics) {
+    let conn = &k.ck.conns[index];
+    let attempts = (metrics.attempts.get(), metrics.epoch(), metrics.connects.get());
+    let happened = (conn.attempts, conn.attempts, conn.connects);
+    if attempts != happened {
+        k.broken("counters-true", || format!("conn {index}: {attempts:?}, were {happened:?}"));
+    }
+    let conn = &k.ck.conns[index];
+    let bytes = conn.socks.iter().map(|(sock, answer, request)| {
+        let it = &k.net.socks[*sock];
+        (it.given - answer, it.taken as u64 - request)
+    });
+    let happened = bytes.fold((0, 0), |all, one| (all.0 + one.0, all.1 + one.1));
+    let bytes = (metrics.bytes_received.get(), metrics.bytes_sent.get());
+    if bytes != happened {
+        k.broken("counters-true", || format!("conn {index}: {bytes:?} bytes, were {happened:?}"));
+    }
+    let (messages, pings) = (metrics.messages_sent.get(), metrics.pings.get());
+    let got = k.ck.got[index];
+    if got.0 > messages || got.1 > pings {
+        k.broken("counters-true", || {
+            format!("conn {index}: {messages} messages and {pings} pings sent, {got:?} came")
+        });
+    }
+}
+
+/// The same of the whole client's.
+pub(crate) fn totals(k: &mut Kernel, ledger: &Ledger, restarts: u64) {
+    let shed = k.ck.shed;
+    if shed != ledger.dropped {
+        k.broken("counters-true", || format!("{shed} told to be shed, {ledger}"));
+    }
+    // One that was told may have been overtaken by the end.
+    let told: u64 = k.ck.conns.iter().map(|conn| conn.restarted).sum();
+    if restarts > told || told > restarts + k.ck.conns.len() as u64 {
+        k.broken("counters-true", || format!("{restarts} restarts, {told} told"));
     }
 }
 

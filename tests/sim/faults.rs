@@ -7,6 +7,90 @@ use crate::kernel::{self, Kernel, Wait, with};
 /// What a failure says where the crate shows it to a person.
 pub(crate) const PLANNED: &str = "planned fault";
 
+/// Every fault that a world has to know. A run over many seeds fails if one of
+/// them never struck.
+pub(crate) const BOOK: &[&str] = &[
+    // An attempt.
+    "refused",
+    "black hole",
+    "TLS failure",
+    "redirect",
+    "HTTP 401",
+    "HTTP 429",
+    "HTTP 503",
+    "Retry-After",
+    "no HTTP",
+    "upgrade: silence",
+    "upgrade: reset",
+    "upgrade: end",
+    "upgrade: dribble",
+    "upgrade: wrong accept",
+    "upgrade: extension",
+    "upgrade: subprotocol",
+    "look-up fails",
+    "look-up panics",
+    "look-up is slow",
+    // A socket.
+    "one-byte reads",
+    "partial writes",
+    "slow socket",
+    "reset",
+    "reset within a frame",
+    "end within a frame",
+    "end without a close frame",
+    "half-open",
+    "half-close",
+    "server stops reading",
+    "server falls silent",
+    "close frame and silence",
+    "delay",
+    "oversize frame",
+    "reserved bits",
+    "not UTF-8",
+    "masked frame",
+    "ping flood",
+    "close 999",
+    "close 1000",
+    "close 1001",
+    "close 1002",
+    "close 1003",
+    "close 1005",
+    "close 1006",
+    "close 1007",
+    "close 1008",
+    "close 1009",
+    "close 1010",
+    "close 1011",
+    "close 1012",
+    "close 1013",
+    "close 1014",
+    "close 1015",
+    "close 2999",
+    "close 3000",
+    "close 4321",
+    "close 4999",
+    "close 5000",
+    // A feed.
+    "no data",
+    "duplicate",
+    "reorder",
+    "replay",
+    "no welcome",
+    // A program.
+    "request hook fails",
+    "request hook panics",
+    "session fails",
+    "session panics",
+    "session stalls",
+    "classifier panics",
+    "user code never returns",
+    "consumer stalls",
+    "consumer leaves",
+    "message fails",
+    "late alarm",
+    "close at any moment",
+];
+
 /// A call of the crate that the world may fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Call {
@@ -135,7 +219,7 @@ impl Fault {
 pub(crate) fn fault(call: Call) -> Option<Fault> {
     with(|k| {
         let fault = drawn(k, call).or_else(|| struck(k, call))?;
-        k.faults += 1;
+        k.fault(format!("{call:?} fails"));
         k.note(|| format!("{call:?} fails: {fault:?}"));
         Some(fault)
     })

@@ -41,7 +41,12 @@ pub(crate) mod clock {
         }
 
         pub(crate) fn wall(self) -> SystemTime {
-            SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000) + crate::kernel::elapsed()
+            Self::wall_at(crate::kernel::elapsed().as_nanos() as u64)
+        }
+
+        pub(crate) fn wall_at(nanos: u64) -> SystemTime {
+            let start = Duration::from_secs(1_700_000_000);
+            SystemTime::UNIX_EPOCH + start + Duration::from_nanos(nanos)
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::cmp::Ordering;
-use std::collections::{BTreeSet, BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::time::{Duration, Instant};
 
 use generator::{Generator, Gn};
@@ -110,7 +110,11 @@ pub(crate) struct Kernel {
     pub(crate) violation: Option<(&'static str, String)>,
     pub(crate) trace: bool,
     pub(crate) log: VecDeque<String>,
+    /// The write that the log's last line tells of: whose, when, and how much.
+    written: (usize, u64, usize),
     pub(crate) faults: u64,
+    /// How often each fault struck.
+    pub(crate) tally: BTreeMap<String, u64>,
     pub(crate) steps: u64,
     /// Chance that a fallible call of the system fails.
     pub(crate) failing: f64,
@@ -162,7 +166,9 @@ impl Kernel {
             violation: None,
             trace,
             log: VecDeque::new(),
+            written: (0, 0, 0),
             faults: 0,
+            tally: BTreeMap::new(),
             steps: 0,
             failing: 0.0,
             strike: None,
@@ -214,6 +220,25 @@ impl Kernel {
         self.at(self.now + wait, ev);
     }
 
+    /// A socket takes so much of a write: a row of small ones is one line.
+    pub(crate) fn note_write(&mut self, sock: usize, count: usize, left: usize) {
+        if !self.trace {
+            return;
+        }
+        let start = |count: usize| format!("sock {sock} takes {count}, ");
+        let (its, at, before) = self.written;
+        let last = self.log.back().and_then(|line| line.get(13..));
+        let goes_on = last.is_some_and(|line| line.starts_with(&start(before)));
+        let all = if (its, at) == (sock, self.now) && goes_on {
+            self.log.pop_back();
+            before + count
+        } else {
+            count
+        };
+        self.written = (sock, self.now, all);
+        self.note(|| format!("{}{left} left", start(all)));
+    }
+
     pub(crate) fn note(&mut self, text: impl FnOnce() -> String) {
         if self.trace {
             let at = self.now as f64 / 1e9;
@@ -223,6 +248,12 @@ impl Kernel {
             }
             self.log.push_back(line);
         }
+    }
+
+    /// A fault strikes: one of [`BOOK`](crate::faults::BOOK), or a call that fails.
+    pub(crate) fn fault(&mut self, name: impl Into<String>) {
+        self.faults += 1;
+        *self.tally.entry(name.into()).or_default() += 1;
     }
 
     /// A promise is broken; the first one counts.

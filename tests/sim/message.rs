@@ -1,5 +1,6 @@
 //! The crate's messages, in a shell that can carry a planted bug.
 
+use crate::kernel::with;
 use crate::planted::{Bug, planted};
 #[path = "../../src/message.rs"]
 mod real;
@@ -9,6 +10,9 @@ use crate::handler::Data;
 pub(crate) use real::{Account, Block, Message, MessageId, Metadata, Payload};
 use std::str::Utf8Error;
 use std::time::Instant;
+
+/// Bytes with which a block is full.
+const FULL: usize = 256 * 1024;
 
 pub(crate) struct BlockBuilder(block::BlockBuilder);
 
@@ -61,6 +65,15 @@ impl BlockBuilder {
     }
 
     pub(crate) fn finish(self) -> Block {
+        let (len, bytes) = (self.len(), self.bytes());
+        with(|k| {
+            // The message that fills it may be of the largest size.
+            let limit = (k.ck.setup.block, FULL + k.sv.max_message);
+            // What a session emits at once stays together.
+            if len > limit.0 || bytes > limit.1 {
+                k.broken("block-bounded", || format!("{len} messages of {bytes} bytes"));
+            }
+        });
         self.0.finish()
     }
 }

@@ -22,7 +22,9 @@ bugs! {
     // Back-off and error classes.
     BackOffResetByConnect, BackOffNeverReset, RetryAfterIgnored, BackOffBeyondItsCap,
     CloseCodeDelayIgnored, UnrecoverableRetried, RecoverableGivenUp, AttemptsNotLimited,
-    IllegalTransition,
+    IllegalTransition, BusyServerGivenUp, RefusalRetried, BreachRetried, ClassifierNotAsked,
+    // Redirects.
+    RedirectsNotLimited, RedirectsRefused,
     // Dedup, ledger, overflow, restarts.
     WindowTooSmall, FailureNotForgotten, DuplicateAccepted, FreshTakenForDuplicate,
     SkippedNotCounted, ShedNotCounted, NeverFull, HeldForEver, OldestNotDropped,

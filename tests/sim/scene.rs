@@ -19,7 +19,8 @@ use crate::logic::identity::Identity;
 use crate::logic::overflow::Overflow;
 use crate::logic::pointer::Pointer;
 use crate::metrics::{ConnectionMetrics, Counter};
-use crate::server::Rates;
+use crate::planted::{Bug, planted};
+use crate::server::{MAX_REDIRECTS, Rates};
 use crate::threads::Spawner;
 use crate::threads::connection::{Classifier, ConnectionPolicy, IdSource, Ids};
 use crate::threads::events::Hub;
@@ -56,6 +57,8 @@ pub(crate) struct Scene {
     pub(crate) closes: Option<u64>,
     /// When the servers cut all connections.
     pub(crate) cut: Option<u64>,
+    /// When the consumer leaves for good.
+    pub(crate) leaves: Option<u64>,
 }
 
 impl Scene {
@@ -81,9 +84,63 @@ impl Scene {
             end,
             closes: k.chance(0.25).then(|| k.range(0, end)),
             cut: None,
+            leaves: k.chance(0.05).then(|| k.range(0, end)),
             setup,
             rates,
         }
+    }
+}
+
+/// Servers that stop reading, and programs that send.
+pub(crate) fn stalls(scene: &mut Scene) {
+    let Scene { setup, rates, .. } = scene;
+    (setup.ping, setup.pong) = (Some(Duration::from_secs(5)), Duration::from_secs(20));
+    setup.write = Duration::from_secs(10);
+    rates.mishap = Duration::from_secs(15);
+    rates.message = Duration::from_secs(20);
+    (rates.refuse, rates.black_hole, rates.bad_upgrade) = (0.0, 0.0, 0.0);
+    scene.tune();
+}
+
+/// Look-ups that outlive the threads that asked for them.
+pub(crate) fn slow_look_ups(scene: &mut Scene) {
+    let Scene { setup, rates, .. } = scene;
+    setup.connect = Duration::from_secs(3);
+    (setup.restarts, setup.within) = (1000, Duration::from_secs(5));
+    (setup.attempts, setup.reconnects) = (None, None);
+    (rates.dns, rates.bad_upgrade, rates.fatal) = (1.0, 1.0, 0.3);
+    (rates.refuse, rates.black_hole, rates.redirect) = (0.0, 0.0, 0.0);
+    scene.tune();
+    scene.end = 900 * SECOND;
+}
+
+/// Servers that break the protocol.
+pub(crate) fn breaches(scene: &mut Scene) {
+    let Scene { setup, rates, .. } = scene;
+    (setup.restarts, setup.within) = (1000, Duration::from_secs(5));
+    (rates.mishap, rates.fatal) = (Duration::from_secs(30), 0.5);
+    scene.tune();
+}
+
+/// Consumers that are away when sessions open.
+pub(crate) fn full_queues(scene: &mut Scene) {
+    let Scene { setup, rates, .. } = scene;
+    (setup.sessions, setup.overflow) = (true, Overflow::Block);
+    (setup.queue, setup.block) = (64, 8);
+    (setup.restarts, setup.within) = (1000, Duration::from_secs(5));
+    rates.mishap = Duration::from_secs(15);
+    rates.overlap = 20;
+    (rates.burst, rates.message) = (40, Duration::from_millis(600));
+    scene.tune();
+    (scene.stall, scene.consume_most) = (0.01, 10);
+}
+
+impl Scene {
+    /// A short world, closed at its end.
+    fn tune(&mut self) {
+        self.end = 300 * SECOND;
+        self.settles = settles(&self.setup);
+        (self.closes, self.leaves) = (None, None);
     }
 }
 
@@ -116,7 +173,8 @@ pub(crate) fn draw_rates(k: &mut Kernel, setup: &Setup) -> Rates {
         message: Duration::from_millis(k.pick(&[600, 2000, 6000, 20_000])),
         burst: k.pick(&[1, 1, 5, 40]),
         dribble: k.chance(0.3),
-        big: k.pick(&[0.0, 0.02, 0.2]),
+        big: if setup.queue > 1000 { k.pick(&[0.02, 1.0]) } else { k.pick(&[0.0, 0.02, 0.2]) },
+        window: if setup.queue > 1000 { 1 << 20 } else { 256 * 1024 },
         slow: k.chance(0.3),
         overlap: k.pick(&[0, 3, 20]) + if reorder > 0.0 { 4 } else { 0 },
     }
@@ -132,7 +190,7 @@ pub(crate) fn draw_setup(k: &mut Kernel) -> Setup {
         Overflow::DropNewest,
         Overflow::Disconnect,
     ]);
-    let queue = k.pick(&[1usize, 8, 64, 1000]);
+    let queue = k.pick(&[1usize, 8, 64, 1000, 10_000]);
     let dedup = k.chance(0.75).then(|| k.pick(&[64, 5000, 1_000_000]));
     let base = Duration::from_millis(k.pick(&[100, 500, 2000]));
     let (exponential, other) = (Strategy::Exponential, k.range(0, 12));
@@ -177,6 +235,14 @@ pub(crate) fn draw_setup(k: &mut Kernel) -> Setup {
     }
 }
 
+fn redirect_limit() -> u32 {
+    match () {
+        () if planted(Bug::RedirectsNotLimited) => u32::MAX,
+        () if planted(Bug::RedirectsRefused) => 0,
+        () => MAX_REDIRECTS,
+    }
+}
+
 fn identity() -> Identity {
     Identity::new([7; crate::logic::identity::KEY])
 }
@@ -186,11 +252,16 @@ fn tls() -> TlsSource {
     TLS.get_or_init(TlsSource::default).clone()
 }
 
+/// Messages that a program may queue: in some worlds, more than a turn sends.
+pub(crate) fn outbox(queue: usize) -> usize {
+    if queue > 1000 { 600 } else { 40 }
+}
+
 pub(crate) fn share(setup: &Setup, spawner: Spawner) -> Shared {
     let inboxes: Vec<Arc<Inbox>> = (0..setup.connections)
         .map(|_| {
             Arc::new(Inbox::new(crate::threads::inbox::OutboxLimits {
-                messages: 40,
+                messages: outbox(setup.queue),
                 bytes: 1 << 20,
             }))
         })
@@ -205,7 +276,11 @@ pub(crate) fn share(setup: &Setup, spawner: Spawner) -> Shared {
     };
     let sessions = setup.sessions;
     let policy = ConnectionPolicy {
-        dial: DialPolicy { connect_timeout: setup.connect, redirect_limit: 3, tls: tls() },
+        dial: DialPolicy {
+            connect_timeout: setup.connect,
+            redirect_limit: redirect_limit(),
+            tls: tls(),
+        },
         limits: Limits { read_buffer: 4096, max_message: 64 * 1024 },
         retry: RetryPolicy {
             backoff: backoff(setup),
@@ -227,7 +302,8 @@ pub(crate) fn share(setup: &Setup, spawner: Spawner) -> Shared {
                 as crate::threads::connection::SessionFactory
         }),
         openings: (0..setup.openings).map(|n| Outgoing::from(format!("open {n}"))).collect(),
-        classifier: setup.classifier.then(|| Arc::new(user::classify) as Classifier),
+        classifier: (setup.classifier && !planted(Bug::ClassifierNotAsked))
+            .then(|| Arc::new(user::classify) as Classifier),
         resolver: Arc::new(user::resolver),
         close_timeout: setup.close,
     };

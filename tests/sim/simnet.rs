@@ -13,6 +13,9 @@ use crate::planted::{Bug, planted};
 /// backlog would otherwise cost more calls than it shows.
 const CROWDED: usize = 8 * 1024;
 
+/// The same for one that gives a byte at a time.
+const CROWDED_READ: u64 = 1024;
+
 const SECOND: u64 = 1_000_000_000;
 
 /// Every poller and socket of a world.
@@ -53,8 +56,9 @@ pub(crate) struct Sock {
     /// The most that one call takes.
     pub(crate) read_most: usize,
     pub(crate) write_most: usize,
-    /// Bytes taken so far.
-    taken: usize,
+    /// Bytes taken, and given, so far.
+    pub(crate) taken: usize,
+    pub(crate) given: u64,
     edge: (bool, bool),
     pub(crate) delay: (u64, u64),
     last_up: u64,
@@ -233,6 +237,11 @@ pub(crate) mod net {
                     *to = from;
                 }
                 it.down -= count;
+                it.given += count as u64;
+                // So many one by one show what there is to show.
+                if it.given > CROWDED_READ {
+                    it.read_most = it.read_most.max(40);
+                }
                 it.last_read = now;
                 // A system gives all that it has. What comes in pieces here has
                 // come in pieces there, each of them reported.
@@ -276,7 +285,7 @@ pub(crate) mod net {
                 let left = it.tx_space;
                 it.last_up = (now + it.delay.0).max(it.last_up + 1);
                 let at = it.last_up;
-                k.note(|| format!("sock {} takes {count} of {}, {left} left", self.0, buf.len()));
+                k.note_write(self.0, count, left);
                 k.at(at, Ev::ToServer(self.0, buf[..count].to_vec()));
                 Ok(count)
             })
@@ -349,6 +358,7 @@ pub(crate) fn open(k: &mut Kernel, addr: SocketAddr) -> usize {
         read_most: usize::MAX,
         write_most: usize::MAX,
         taken: 0,
+        given: 0,
         edge: (false, false),
         delay: (50_000, 2_000_000),
         last_up: 0,

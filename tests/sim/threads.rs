@@ -174,6 +174,7 @@ pub(crate) mod timer {
                         alarms[owner].fire();
                     }
                     if kernel::chance(0.02) {
+                        kernel::with(|k| k.fault("late alarm"));
                         // A late alarm of something long over.
                         kernel::pause(Wait::Yield);
                         alarms[owner].fire();

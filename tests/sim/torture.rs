@@ -231,6 +231,7 @@ fn scene(setup: Setup) -> Scene {
         settles: Duration::from_secs(60),
         closes: None,
         cut: Some(12 * SECOND),
+        leaves: None,
     }
 }
 
@@ -264,6 +265,7 @@ fn rates() -> Rates {
         message: Duration::from_secs(4),
         burst: 2,
         overlap: 2,
+        window: 256 * 1024,
         ..Rates::default()
     }
 }

@@ -157,7 +157,6 @@ impl<'c> Epoch<'c> {
     /// the socket is released and nothing unsent is forgotten.
     pub(super) fn run(mut self: Box<Self>) -> EpochEnd {
         let mut end = self.serve();
-        self.count_traffic();
         if let EpochEnd::Lost(error) = &end
             && self.leaving != Leaving::No
         {
@@ -169,6 +168,7 @@ impl<'c> Epoch<'c> {
         if let EpochEnd::Lost(error) = &end {
             self.say_why(error);
         }
+        self.count_traffic();
         let unfinished = self.ws.take_unfinished();
         let connection = self.connection;
         connection.peer().inbox.put_back(unfinished);

@@ -1,6 +1,7 @@
 //! The crate's `io/websocket.rs`, in a shell that can carry a planted bug.
 
 use super::{feed, poll, socket};
+use crate::kernel::{Kernel, with};
 use crate::planted::{Bug, planted};
 #[path = "../../../src/io/websocket.rs"]
 mod real;
@@ -12,18 +13,69 @@ pub(crate) use real::{Incoming, Limits, Sent};
 use socket::{Socket, Stream};
 
 #[derive(Debug)]
-pub(crate) struct Websocket(real::Websocket<Stream>, Vec<Outgoing>);
+pub(crate) struct Websocket(real::Websocket<Stream>, Vec<Outgoing>, Turn);
+
+/// What a thread does with a socket between two flushes: a turn.
+#[derive(Debug, Default)]
+struct Turn {
+    read: usize,
+    sent: usize,
+    /// When the outbox sent last.
+    sent_at: Option<u64>,
+}
+
+/// Messages that a turn sends at most, and reads in one go while somebody sends.
+const TURN: usize = 256;
+
+/// Who sent so lately is taken to send again.
+const LATELY: u64 = 100_000_000;
+
+impl Turn {
+    fn over(&mut self) {
+        (self.read, self.sent) = (0, 0);
+    }
+
+    fn sends(&mut self) {
+        self.sent += 1;
+        self.sent_at = Some(with(|k| k.now));
+        if self.sent > TURN {
+            with(|k| k.broken("turn-bounded", || format!("{} sent in one", self.sent)));
+        }
+    }
+
+    fn reads_run(&mut self, most: usize) {
+        let lately = |k: &Kernel| self.sent_at.is_some_and(|at| k.now < at + LATELY);
+        with(|k| {
+            if most > k.ck.setup.block || most > TURN && lately(k) {
+                k.broken("turn-bounded", || format!("up to {most} are read in one"));
+            }
+        });
+    }
+
+    fn reads(&mut self) {
+        self.read += 1;
+        with(|k| {
+            if self.read > k.ck.setup.block {
+                k.broken("turn-bounded", || format!("{} read in one", self.read));
+            }
+        });
+    }
+}
 
 impl Websocket {
     pub(crate) fn new(stream: Stream, rest: Vec<u8>, limits: Limits) -> Self {
-        Self(real::Websocket::new(stream, rest, limits), Vec::new())
+        Self(real::Websocket::new(stream, rest, limits), Vec::new(), Turn::default())
     }
 
     pub(crate) fn read(
         &mut self,
         data: impl FnOnce(Payload<'_>),
     ) -> Result<Option<Incoming>, Error> {
-        self.0.read(data)
+        let read = self.0.read(data);
+        if matches!(read, Ok(Some(_))) {
+            self.2.reads();
+        }
+        read
     }
 
     pub(crate) fn read_run(
@@ -32,6 +84,7 @@ impl Websocket {
         block: &mut BlockBuilder,
         first: u64,
     ) -> Result<bool, Error> {
+        self.2.reads_run(most);
         self.0.read_run(most, block, first)
     }
 
@@ -53,6 +106,9 @@ impl Websocket {
 
     pub(crate) fn send(&mut self, message: &Outgoing) -> Result<Sent, Error> {
         let sent = self.0.send(message)?;
+        if sent == Sent::Queued {
+            self.2.sends();
+        }
         if planted(Bug::FinishedSentAgain) && self.1.len() < 3 {
             self.1.push(message.clone());
         }
@@ -74,6 +130,7 @@ impl Websocket {
     }
 
     pub(crate) fn flush(&mut self) -> Result<bool, Error> {
+        self.2.over();
         self.0.flush()
     }
 

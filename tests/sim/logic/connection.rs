@@ -4,7 +4,7 @@ pub(super) use super::backoff;
 use crate::planted::{Bug, planted};
 #[path = "../../../src/logic/connection.rs"]
 mod real;
-use crate::error::{Error, Recovery};
+use crate::error::{Error, ErrorKind, Recovery};
 use crate::event::State;
 pub(crate) use real::{Fate, Illegal, Input, Loss, RetryPolicy, next};
 use std::time::Instant;
@@ -59,11 +59,16 @@ impl Machine {
         recovery: Recovery,
         random: f64,
     ) -> Result<Loss, Illegal> {
+        let http = |wanted: u16| matches!(error.kind(), ErrorKind::Http { status, .. } if *status == wanted);
+        let breach = matches!(error.kind(), ErrorKind::Protocol | ErrorKind::TooLarge);
         let recovery = match recovery {
+            _ if planted(Bug::BusyServerGivenUp) && http(503) => Recovery::Unrecoverable,
+            _ if planted(Bug::RefusalRetried) && http(401) => Recovery::Recoverable,
+            _ if planted(Bug::BreachRetried) && breach => Recovery::Recoverable,
             Recovery::Unrecoverable if planted(Bug::UnrecoverableRetried) => Recovery::Recoverable,
             Recovery::Recoverable
                 if planted(Bug::RecoverableGivenUp)
-                    && matches!(error.kind(), crate::error::ErrorKind::Closed { .. }) =>
+                    && matches!(error.kind(), ErrorKind::Closed { .. }) =>
             {
                 Recovery::Unrecoverable
             }

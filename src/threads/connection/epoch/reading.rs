@@ -49,7 +49,9 @@ impl Epoch<'_> {
         let mut end = Ok(());
         // Control frames count too: a flood of them must end as well.
         while end.is_ok() && frames < policy.block_messages && self.more {
-            if gather.block.bytes() >= BLOCK_BYTES {
+            // Where the queue is full, no more is read than makes the session ready.
+            let enough = self.blocked && self.opening.is_none();
+            if enough || gather.block.bytes() >= BLOCK_BYTES {
                 break;
             }
             if frames - looked >= LOOK {
