@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-use broadsock::{Backoff, Client, EventKind, Message, Pipeline, State};
+use broadsock::{Backoff, Client, EventKind, Message, Overflow, Pipeline, State};
 use common::net::{self, Authority, LONG, Wire};
 use common::table::{Goal, Row, Table, Unit};
 use common::{Options, percentile};
@@ -47,8 +47,11 @@ fn main() {
     bench.add(&mut table, "send from another thread, connection asleep", |bench| {
         bench.sends(Load::Idle, options.pick(1_000, 100))
     });
-    bench.add(&mut table, "send from another thread, under a flood", |bench| {
-        bench.sends(Load::Flood, options.pick(1_000, 100))
+    bench.add(&mut table, "send from another thread, under a flood that nobody takes", |bench| {
+        bench.sends(Load::Flood { taken: false }, options.pick(1_000, 100))
+    });
+    bench.add(&mut table, "send from another thread, under a flood that a thread takes", |bench| {
+        bench.sends(Load::Flood { taken: true }, options.pick(1_000, 100))
     });
     bench.add(&mut table, "close and stop, to the last join", |bench| {
         bench.ends(options.pick(20, 3))
@@ -73,7 +76,11 @@ struct Bench {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Load {
     Idle,
-    Flood,
+    /// It sends as fast as it can. With a thread that takes what comes, three are
+    /// busy: on two processors they take turns.
+    Flood {
+        taken: bool,
+    },
 }
 
 /// Microseconds, sorted.
@@ -159,7 +166,7 @@ impl Bench {
         }
         let [call, wire]: [&[Goal]; 2] = match load {
             Load::Idle => [&[Goal::Below(2.0)], &[Goal::Below(25.0), Goal::Below(70.0)]],
-            Load::Flood => [&[], &[Goal::Below(20.0), Goal::Below(120.0)]],
+            Load::Flood { .. } => [&[], &[Goal::Below(20.0), Goal::Below(120.0)]],
         };
         let mut table = rows("the caller's time", &bare.0, &here.0, call);
         table.extend(rows("until the server has it", &bare.1, &here.1, wire));
@@ -172,7 +179,8 @@ impl Bench {
         let base = self.base;
         let (port, server) = net::serve(None, move |wire| hear(wire, base, load));
         let url = net::url(false, port, "");
-        let calls = if here { send_here(&url, base, count) } else { send_bare(&url, base, count) };
+        let calls =
+            if here { send_here(&url, base, load, count) } else { send_bare(&url, base, count) };
         let arrivals = server.join().expect("the server does not fail");
         assert_eq!(arrivals.len(), count, "every message arrives");
         (Times::new(calls), Times::new(arrivals))
@@ -318,7 +326,7 @@ fn hear(mut wire: Wire, base: Instant, load: Load) -> Vec<f64> {
     let until = Instant::now() + LONG;
     while Instant::now() < until {
         let mut idle = true;
-        if load == Load::Flood
+        if load != Load::Idle
             && let Ok(count) = wire.write(&flood[written..])
         {
             written = (written + count) % flood.len();
@@ -340,7 +348,7 @@ fn hear(mut wire: Wire, base: Instant, load: Load) -> Vec<f64> {
                 8 => {
                     // The last frame must be whole before a close can follow.
                     wire.socket().set_nonblocking(false).expect("a socket can be");
-                    let at = if load == Load::Flood { written } else { 0 };
+                    let at = if load != Load::Idle { written } else { 0 };
                     let rest = (66 - at % 66) % 66;
                     let _ = wire.write_all(&flood[at..at + rest]);
                     let _ = wire.write_all(&net::frame(8, &payload));
@@ -369,12 +377,16 @@ fn send_each(base: Instant, count: usize, mut send: impl FnMut(String)) -> Vec<f
     (0..count).map(call).collect()
 }
 
-fn send_here(url: &str, base: Instant, count: usize) -> Vec<f64> {
-    let client = Client::builder(url).start().expect("the settings are sound");
+fn send_here(url: &str, base: Instant, load: Load, count: usize) -> Vec<f64> {
+    let taken = load != Load::Flood { taken: false };
+    let overflow = if taken { Overflow::Block } else { Overflow::DropNewest };
+    let client = Client::builder(url).overflow(overflow).start().expect("the settings are sound");
     client.wait_connected(LONG).expect("the server accepts");
     let sender = client.sender();
     thread::scope(|scope| {
-        scope.spawn(|| client.receiver().iter().for_each(drop));
+        if taken {
+            scope.spawn(|| client.receiver().iter().for_each(drop));
+        }
         let times = send_each(base, count, |text| sender.send(text).expect("it is connected"));
         // Sent before the close frame.
         client.close(Duration::from_secs(2));
