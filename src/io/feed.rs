@@ -24,7 +24,7 @@ const PLENTY: usize = 64 * 1024;
 
 /// A buffer that is filled by fewer messages than half of this grows on: to hand
 /// over a block wakes a thread, and its cost should be shared by many.
-const MANY: usize = 256;
+const MANY: usize = 1024;
 
 /// A run ends with the message that fills so much: larger blocks would be coarse
 /// for a queue that is bounded in bytes.
@@ -129,10 +129,13 @@ impl<S: Read> Feed<S> {
         self.entries.clear();
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
-            // It grew for large messages, and they are over.
-            if self.found >= MANY.min(most) && self.buffer.len() > PLENTY {
-                self.buffer.truncate(PLENTY);
-            }
+        }
+        // It grew for large messages, and they are over.
+        let left = self.end - self.start;
+        if self.found >= MANY.min(most) && self.buffer.len() > PLENTY && left <= PLENTY / 2 {
+            self.buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, left);
+            self.buffer.truncate(PLENTY);
         }
         let found = self.gather(most);
         self.found = self.entries.len();
@@ -467,9 +470,11 @@ mod tests {
 
     /// Frames of texts of this length.
     fn frames(count: usize, len: u16) -> Vec<u8> {
-        let mut frame = vec![0x81, 126];
-        frame.extend(len.to_be_bytes());
-        frame.resize(4 + usize::from(len), b'x');
+        let mut frame = vec![0x81, len.min(126) as u8];
+        if len >= 126 {
+            frame.extend(len.to_be_bytes());
+        }
+        frame.resize(frame.len() + usize::from(len), b'x');
         frame.repeat(count)
     }
 
@@ -510,7 +515,7 @@ mod tests {
 
     #[test]
     fn small_messages_need_no_large_buffer_also_after_large_ones() {
-        let small = frames(50_000, 200);
+        let small = frames(50_000, 100);
         let mut feed = Feed::new(&small[..], Vec::new(), LARGEST, usize::MAX);
         let (counts, largest) = runs(&mut feed);
         assert_eq!((counts.iter().sum::<usize>(), largest), (50_000, PLENTY));
