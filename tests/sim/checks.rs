@@ -47,6 +47,8 @@ pub(crate) struct Setup {
     pub(crate) classifier: bool,
     pub(crate) lossless: bool,
     pub(crate) sessions: bool,
+    /// The session's heartbeat.
+    pub(crate) beat: Duration,
 }
 
 /// How long a connection waits before it tries again.

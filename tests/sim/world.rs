@@ -35,6 +35,7 @@ const REGRESSIONS: &[(&str, fn(&mut Scene))] = &[
     ("a_look_up_of_an_earlier_thread_was_taken_for_its_successors", scene::slow_look_ups),
     ("the_close_frame_that_tells_of_a_breach_was_not_counted", scene::breaches),
     ("a_session_that_opened_for_a_full_queue_read_on_until_none_could_open", scene::full_queues),
+    ("a_session_heartbeat_that_was_due_while_closing_made_its_thread_spin", scene::closes),
 ];
 
 /// Seeds of each such world.
