@@ -188,6 +188,14 @@ pub(crate) mod timer {
                     let at = next.map(|at| kernel::with(|k| k.nanos(at)));
                     kernel::pause(Wait::Deadline(at, Box::new(changed)));
                 }
+                if !due.is_empty() && kernel::with(|k| k.failing > 0.0 && k.chance(0.002)) {
+                    // What it has just taken in hand is forgotten.
+                    kernel::with(|k| {
+                        k.fault("timer panics");
+                        k.ck.timers += 1;
+                    });
+                    panic!("planned panic of the timer");
+                }
                 for owner in due {
                     if !(planted(Bug::LostAlarm) && kernel::chance(0.02)) {
                         alarms[owner].fire();

@@ -552,7 +552,10 @@ impl World {
             if !text.contains("skip") && text != "welcome" {
                 with(|k| k.broken("messages-whole", || text.clone()));
             }
-            with(|k| k.ck.taken += 1);
+            with(|k| {
+                k.ck.taken += 1;
+                checks::in_order(k, meta.connection, (meta.epoch, meta.sequence));
+            });
             return;
         };
         let (ledger, _) = self.shared.queue.ledger();
