@@ -660,6 +660,7 @@ impl World {
         }
         if !self.quiet {
             self.quiet = true;
+            let gone = self.has_left();
             with(|k| {
                 k.sv.conns.iter_mut().for_each(|feed| feed.ended = true);
                 // A redelivery that was lost with its socket is made again.
@@ -680,7 +681,10 @@ impl World {
                     // written, which may be just now.
                     let limit = self.setup.connect.as_nanos() as u64;
                     let tries = k.ck.conns[index].tries_since(k.now.saturating_sub(limit));
-                    let excused = cut || tries || k.is_hung(index);
+                    // Where too much is held back for a consumer that has left, no
+                    // session opens.
+                    let full = gone && k.ck.conns[index].is_blocked();
+                    let excused = cut || tries || full || k.is_hung(index);
                     if state != State::Connected && ping.is_some() && !excused {
                         k.broken("connected-again", || format!("conn {index} is {state}"));
                     }
