@@ -47,6 +47,8 @@ pub(crate) struct Setup {
     pub(crate) classifier: bool,
     pub(crate) lossless: bool,
     pub(crate) sessions: bool,
+    /// The session's heartbeat.
+    pub(crate) beat: Duration,
 }
 
 /// How long a connection waits before it tries again.
@@ -90,6 +92,8 @@ pub(crate) struct Checks {
     pub(crate) shed: u64,
     /// Messages that sessions emitted of their own.
     pub(crate) emitted: u64,
+    /// Panics of the timer.
+    pub(crate) timers: u64,
     /// Messages and pings that servers got, by connection.
     pub(crate) got: Vec<(u64, u64)>,
     /// What was told of losses, failures and panics, if it is to be known.
@@ -646,7 +650,8 @@ pub(crate) fn totals(k: &mut Kernel, ledger: &Ledger, restarts: u64) {
     }
     // One that was told may have been overtaken by the end.
     let told: u64 = k.ck.conns.iter().map(|conn| conn.restarted).sum();
-    if restarts > told || told > restarts + k.ck.conns.len() as u64 {
+    let told = told + k.ck.timers;
+    if restarts > told || told > restarts + k.ck.conns.len() as u64 + 1 {
         k.broken("counters-true", || format!("{restarts} restarts, {told} told"));
     }
 }
@@ -674,11 +679,7 @@ pub(crate) fn taken(k: &mut Kernel, taken: &Taken) {
         let at = received as f64 / 1e9;
         format!("message {id} of conn {index}, epoch {epoch}, is taken, received at {at:.6}")
     });
-    if (epoch, sequence) <= k.ck.conns[index].last_seq {
-        let last = k.ck.conns[index].last_seq;
-        k.broken("order-kept", || format!("conn {index}: {last:?} before ({epoch}, {sequence})"));
-    }
-    k.ck.conns[index].last_seq = (epoch, sequence);
+    in_order(k, index, (epoch, sequence));
     if of != epoch {
         k.broken("nothing-of-a-dead-epoch", || {
             format!("conn {index}: a message of epoch {of} came as one of {epoch}")
@@ -710,6 +711,14 @@ pub(crate) fn taken(k: &mut Kernel, taken: &Taken) {
     let failed = late.is_some_and(|at| received < at);
     let failed_at = late.filter(|_| failed);
     k.ck.delivered.insert(id, Delivered { before: at_least, failed, failed_at, received });
+}
+
+/// Messages of a connection come in the order in which they were received.
+pub(crate) fn in_order(k: &mut Kernel, index: usize, at: (u64, u64)) {
+    let last = std::mem::replace(&mut k.ck.conns[index].last_seq, at);
+    if at <= last {
+        k.broken("order-kept", || format!("conn {index}: {last:?} before {at:?}"));
+    }
 }
 
 /// Whether an id is surely remembered after so long: a copy that a connection

@@ -88,6 +88,7 @@ pub(crate) const BOOK: &[&str] = &[
     "consumer leaves",
     "message fails",
     "late alarm",
+    "timer panics",
     "close at any moment",
 ];
 

@@ -18,7 +18,7 @@ bugs! {
     LostWakeUp, LostEdge, LostAlarm, TimerKeepsTheLater, LostNotice, SocketNotReleased, LateClock,
     // Heartbeat.
     HalfOpenNeverDeclared, SendingPostponesTheVerdict, ResumeForgotten, StallNeverDeclared,
-    PingsHideADeadFeed, DeadWhilePaused,
+    PingsHideADeadFeed, DeadWhilePaused, DueAndNothingDone,
     // Back-off and error classes.
     BackOffResetByConnect, BackOffNeverReset, RetryAfterIgnored, BackOffBeyondItsCap,
     CloseCodeDelayIgnored, UnrecoverableRetried, RecoverableGivenUp, AttemptsNotLimited,

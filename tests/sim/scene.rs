@@ -135,6 +135,14 @@ pub(crate) fn full_queues(scene: &mut Scene) {
     (scene.stall, scene.consume_most) = (0.01, 10);
 }
 
+/// Sessions whose heartbeats are due while their client closes.
+pub(crate) fn closes(scene: &mut Scene) {
+    let Scene { setup, .. } = scene;
+    (setup.sessions, setup.close) = (true, Duration::from_secs(5));
+    setup.beat = Duration::from_secs(1);
+    scene.tune();
+}
+
 impl Scene {
     /// A short world, closed at its end.
     fn tune(&mut self) {
@@ -232,6 +240,7 @@ pub(crate) fn draw_setup(k: &mut Kernel) -> Setup {
         dedup,
         lossless: false,
         sessions: k.chance(0.7),
+        beat: Duration::from_secs(45),
     }
 }
 

@@ -121,7 +121,24 @@ pub(crate) mod timer {
     #[derive(Debug, Default)]
     struct State {
         of: Vec<Option<Instant>>,
+        /// What each owner last asked for that was over already.
+        past: Vec<Option<Instant>>,
         stopped: bool,
+    }
+
+    impl State {
+        /// What is over may be asked for once: whoever hears of it acts on it.
+        fn look_back(&mut self, owner: usize, at: Instant) {
+            if at > kernel::instant() {
+                return;
+            }
+            if self.past[owner].replace(at) == Some(at) {
+                kernel::with(|k| {
+                    let at = k.nanos(at) as f64 / 1e9;
+                    k.broken("no-past-deadline-twice", || format!("{owner} waits for {at:.6}"));
+                });
+            }
+        }
     }
 
     impl Timer {
@@ -133,7 +150,9 @@ pub(crate) mod timer {
             let mut state = self.state.lock().unwrap();
             if state.of.len() <= owner {
                 state.of.resize(owner + 1, None);
+                state.past.resize(owner + 1, None);
             }
+            state.look_back(owner, at);
             let known = state.of[owner];
             if planted(Bug::TimerKeepsTheLater) {
                 state.of[owner] = Some(known.map_or(at, |known| known.max(at)));
@@ -168,6 +187,14 @@ pub(crate) mod timer {
                     };
                     let at = next.map(|at| kernel::with(|k| k.nanos(at)));
                     kernel::pause(Wait::Deadline(at, Box::new(changed)));
+                }
+                if !due.is_empty() && kernel::with(|k| k.failing > 0.0 && k.chance(0.002)) {
+                    // What it has just taken in hand is forgotten.
+                    kernel::with(|k| {
+                        k.fault("timer panics");
+                        k.ck.timers += 1;
+                    });
+                    panic!("planned panic of the timer");
                 }
                 for owner in due {
                     if !(planted(Bug::LostAlarm) && kernel::chance(0.02)) {

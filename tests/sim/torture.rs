@@ -255,6 +255,7 @@ fn setup() -> Setup {
         block: 8,
         overflow: Overflow::Block,
         dedup: Some(1_000_000),
+        beat: secs(45),
         ..Setup::default()
     }
 }

@@ -59,7 +59,7 @@ impl Session for Subscriber {
     }
 
     fn heartbeat_interval(&self) -> Option<Duration> {
-        Some(Duration::from_secs(45))
+        Some(with(|k| k.ck.setup.beat))
     }
 
     fn on_heartbeat(&mut self, link: &mut Link<'_>) -> Result<(), BoxError> {

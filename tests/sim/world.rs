@@ -35,6 +35,7 @@ const REGRESSIONS: &[(&str, fn(&mut Scene))] = &[
     ("a_look_up_of_an_earlier_thread_was_taken_for_its_successors", scene::slow_look_ups),
     ("the_close_frame_that_tells_of_a_breach_was_not_counted", scene::breaches),
     ("a_session_that_opened_for_a_full_queue_read_on_until_none_could_open", scene::full_queues),
+    ("a_session_heartbeat_that_was_due_while_closing_made_its_thread_spin", scene::closes),
 ];
 
 /// Seeds of each such world.
@@ -551,7 +552,10 @@ impl World {
             if !text.contains("skip") && text != "welcome" {
                 with(|k| k.broken("messages-whole", || text.clone()));
             }
-            with(|k| k.ck.taken += 1);
+            with(|k| {
+                k.ck.taken += 1;
+                checks::in_order(k, meta.connection, (meta.epoch, meta.sequence));
+            });
             return;
         };
         let (ledger, _) = self.shared.queue.ledger();
@@ -656,6 +660,7 @@ impl World {
         }
         if !self.quiet {
             self.quiet = true;
+            let gone = self.has_left();
             with(|k| {
                 k.sv.conns.iter_mut().for_each(|feed| feed.ended = true);
                 // A redelivery that was lost with its socket is made again.
@@ -676,7 +681,10 @@ impl World {
                     // written, which may be just now.
                     let limit = self.setup.connect.as_nanos() as u64;
                     let tries = k.ck.conns[index].tries_since(k.now.saturating_sub(limit));
-                    let excused = cut || tries || k.is_hung(index);
+                    // Where too much is held back for a consumer that has left, no
+                    // session opens.
+                    let full = gone && k.ck.conns[index].is_blocked();
+                    let excused = cut || tries || full || k.is_hung(index);
                     if state != State::Connected && ping.is_some() && !excused {
                         k.broken("connected-again", || format!("conn {index} is {state}"));
                     }

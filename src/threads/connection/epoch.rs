@@ -373,7 +373,9 @@ impl<'c> Epoch<'c> {
             Leaving::Draining { until, .. } => Some(until),
             Leaving::Sent { end } => Some(end),
         };
-        let beat = self.beat.filter(|_| self.opening.is_none()).map(|(_, due)| due);
+        // As long as it can go out: what is due and not done would be due for ever.
+        let beats = self.opening.is_none() && self.leaving == Leaving::No;
+        let beat = self.beat.filter(|_| beats).map(|(_, due)| due);
         [leaving, self.opening, self.live.deadline(), beat].into_iter().flatten().min()
     }
 

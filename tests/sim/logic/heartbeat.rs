@@ -61,6 +61,9 @@ impl Liveness {
     }
 
     pub(crate) fn on_time(&mut self, now: Instant) -> Option<Beat> {
+        if planted(Bug::DueAndNothingDone) && kernel::chance(0.7) {
+            return None;
+        }
         self.0.on_time(now)
     }
 
