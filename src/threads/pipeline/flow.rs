@@ -515,12 +515,14 @@ impl<H: Handler> Flow<H> {
         }
     }
 
-    /// Whether open batches can get no more items.
+    /// Whether open batches of a pipeline that drains can get no more items: all
+    /// sources are through, or there is room for nothing before a batch is settled.
     pub(crate) fn is_upstream_empty(&self) -> bool {
         let state = self.state.lock();
+        let in_flight = state.register.ledger().in_flight_count();
         state.phase >= Phase::Draining
-            && state.open_sources == state.answering
             && self.counters.upstream.get() == 0
+            && (state.open_sources == state.answering || in_flight >= self.policy.max_in_flight)
     }
 
     /// A source has ended: the pipeline drains after the last.
