@@ -47,6 +47,24 @@ fn only_the_message_of_the_crashing_processor_is_lost_to_it_and_is_reported() {
     assert_eq!((pipeline.metrics().restarts, report.error.is_none()), (1, true));
 }
 
+/// Found by the world.
+#[test]
+fn the_heir_of_a_chunk_without_another_message_told_that_it_began_none() {
+    let (sender, lens) = broadsock::crossbeam_channel::bounded(10);
+    let report = Pipeline::each(deadly("a"))
+        .source(sources::iter(["a"]))
+        .observer(move |event| {
+            if let PipelineEvent::ChunkStarted { len, .. } = event {
+                let _ = sender.try_send(*len);
+            }
+        })
+        .start()
+        .unwrap()
+        .join();
+    all_well(&report);
+    assert_eq!(lens.try_iter().collect::<Vec<_>>(), [1]);
+}
+
 #[test]
 fn a_killed_batch_worker_loses_its_batch_and_none_of_its_queue() {
     let acknowledger = TestAcknowledger::new();

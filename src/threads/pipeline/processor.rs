@@ -29,7 +29,9 @@ pub(crate) fn run<H: Handler>(flow: &Arc<Flow<H>>, slot: &Slot) {
     let lane = slot.index % flow.lanes.len();
     loop {
         // The first time, what a thread before this one has left.
-        if let Some(chunk) = slot.chunk() {
+        if let Some(chunk) = slot.chunk()
+            && chunk.begun() < chunk.len()
+        {
             work_through(flow, slot, lane, &chunk);
         }
         flow.settle_hand(slot);
