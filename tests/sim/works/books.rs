@@ -91,6 +91,7 @@ pub(crate) struct Books {
     tried: u64,
     failures: u64,
     retries: u64,
+    pub(crate) tries: u64,
     pub(crate) batches: u64,
     /// The last of each source that each partition's processor began, and who is
     /// at it.
@@ -250,6 +251,7 @@ pub(crate) fn begins(k: &mut Kernel, id: Id) -> u32 {
         return 0;
     }
     let (now, thread) = (k.now, k.current_name());
+    k.wk.tries += 1;
     k.note(|| format!("{thread} begins {id:?}"));
     ended(k, "a message");
     let plan = k.wk.plan.clone().expect("there is a pipeline");

@@ -338,9 +338,9 @@ impl Source for Recorded {
             if messages.len() > most {
                 with(|k| k.broken("source-gives-its-share", || format!("{}", messages.len())));
             }
-            for message in messages {
+            for (place, message) in messages.iter().enumerate() {
                 if let Some(shared) = &self.client {
-                    world::takes(shared, message);
+                    world::takes(shared, message, messages.len() - place - 1);
                 }
                 let id = Id::of(message);
                 let partitions = plan().partitions;
