@@ -136,7 +136,8 @@ impl<T> Receiver<T> {
     }
 
     pub(crate) fn recv_deadline(&self, until: Instant) -> Result<T, RecvTimeoutError> {
-        let until = with(|k| k.nanos(until));
+        let late = if planted(Bug::DeadlineIgnored) { 3_600_000_000_000 } else { 0 };
+        let until = with(|k| k.nanos(until)) + late;
         loop {
             match self.try_recv() {
                 Ok(item) => return Ok(item),

@@ -15,8 +15,9 @@
 //! - `simnet`, `server`, `faults`: what goes wrong outside. `user`: user code of the
 //!   client. `checks`: its promises.
 //! - `works`: the pipeline. `plan` draws its shape and its troubles, `users` is the
-//!   program's part (handlers, acknowledgers, sources, as well as they behave),
-//!   `books` holds what they were told against the promises of a pipeline.
+//!   program's part (handlers, acknowledgers, sources, as well as they behave);
+//!   `books` holds what they were told of each message against the promises, and
+//!   `watch` the whole.
 //! - `planted`: bugs that must be found, in shells around the crate's modules.
 //! - `torture`: fails each fallible call in its turn.
 //!

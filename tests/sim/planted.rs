@@ -36,7 +36,8 @@ bugs! {
     LostSignal, EndUnheard, LostChange, ItemUntold, RoomUntold, RoomNotPassedOn,
     OvertakenInItsPartition, RetriedForEver, SettledTwice, FinishedButNotSettled,
     FailureTakenForSuccess, EarlyAcknowledgementForgotten, DeadWorkersMessageForgotten,
-    DeadWorkersRestDropped, RoomNeverGivenBack, RoomForTooMany,
+    DeadWorkersRestDropped, DeathUntold, PanicEscapes, DeadlineIgnored, RoomNeverGivenBack,
+    RoomForTooMany,
     EndUntold,
     // Found where each call fails in its turn.
     ReadErrorSwallowed, WakeErrorSwallowed,

@@ -4,7 +4,6 @@
 pub(crate) mod connection;
 #[path = "../../src/threads/consume.rs"]
 pub(crate) mod consume;
-#[path = "../../src/threads/contain.rs"]
 mod contain;
 #[path = "../../src/threads/events.rs"]
 pub(crate) mod events;
@@ -78,8 +77,11 @@ impl Spawner {
         let (out, monitor) = (result.clone(), self.monitor.clone());
         let task = kernel::spawn_for(self.owner, name, move || {
             let ended = catch_unwind(AssertUnwindSafe(body));
+            let untold = planted(Bug::DeathUntold) && ended.is_err();
             *out.lock().unwrap() = Some(ended);
-            let _ = monitor.send(Notice::Ended(child));
+            if !untold {
+                let _ = monitor.send(Notice::Ended(child));
+            }
             // The notice is out before the thread has ended: others may run now.
             kernel::pause(Wait::Yield);
         });

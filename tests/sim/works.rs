@@ -4,6 +4,7 @@
 pub(crate) mod books;
 pub(crate) mod plan;
 mod users;
+pub(crate) mod watch;
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -60,7 +61,7 @@ pub(crate) fn start(plan: Plan, shared: &Arc<Shared>, ended: Receiver<()>) {
             PIPELINE.set(Some(Arc::clone(&pipeline)));
             let report = pipeline.join();
             let snapshot = pipeline.metrics();
-            with(|k| books::ends(k, &report, &snapshot, None));
+            with(|k| watch::ends(k, &report, &snapshot, None));
         }
         Err(error) => with(|k| {
             k.note(|| format!("the pipeline could not start: {error}"));
@@ -88,7 +89,7 @@ fn builder(
         .max_in_flight(plan.max_in_flight)
         .restart_intensity(plan.intensity)
         .retries(plan.attempts, plan.backoff())
-        .observer(|event| with(|k| books::on_event(k, event)));
+        .observer(|event| with(|k| watch::on_event(k, event)));
     for (index, kind) in plan.springs.iter().enumerate() {
         let source = index + 1;
         let inner = users::spring(*kind, source);
@@ -189,7 +190,7 @@ pub(crate) fn meddle() {
         }
         _ => {
             let snapshot = pipeline.metrics();
-            with(|k| books::counted(k, &snapshot));
+            with(|k| watch::counted(k, &snapshot));
         }
     });
 }
@@ -246,7 +247,7 @@ pub(crate) fn stop(time: u64) {
             with(|k| k.broken("stop-in-time", || format!("{} ms late", (now - at) / MS)));
         }
         let snapshot = pipeline.metrics();
-        with(|k| books::ends(k, &report, &snapshot, Some(at)));
+        with(|k| watch::ends(k, &report, &snapshot, Some(at)));
     });
 }
 

@@ -391,7 +391,7 @@ impl World {
                 return;
             }
             with(checks::sweep);
-            with(works::books::sweep);
+            with(works::watch::sweep);
         }
     }
 

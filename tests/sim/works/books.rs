@@ -4,12 +4,9 @@
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
-use super::plan::{LONGEST_WINDOW, Lot, Plan};
-use crate::checks::SLACK;
+use super::plan::{Lot, Plan};
 use crate::kernel::{Kernel, with};
 use crate::message::Message;
-use crate::pipeline::{PipelineReport, PipelineSnapshot};
-use crate::threads::pipeline::stats::PipelineEvent;
 use crate::work::{FailureKind, Trigger};
 
 const SECOND: u64 = 1_000_000_000;
@@ -45,7 +42,7 @@ impl Id {
 
 /// Where a message is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Stage {
+pub(super) enum Stage {
     /// For a processor.
     Waits,
     Handled,
@@ -60,48 +57,47 @@ enum Stage {
 }
 
 #[derive(Debug)]
-struct Fate {
-    stage: Stage,
-    since: u64,
+pub(super) struct Fate {
+    pub(super) stage: Stage,
+    pub(super) since: u64,
     /// When it surely was in its batch: its batcher may have had to wait.
-    batched: u64,
+    pub(super) batched: u64,
     /// How many were given before it.
-    order: u64,
-    tries: u32,
-    partition: u64,
+    pub(super) order: u64,
+    pub(super) tries: u32,
+    pub(super) partition: u64,
     /// Acknowledged before its batch.
-    early: bool,
-    told_failed: bool,
-    acknowledged: bool,
-    settled: bool,
+    pub(super) early: bool,
+    pub(super) told_failed: bool,
+    pub(super) acknowledged: bool,
 }
 
 #[derive(Default)]
 pub(crate) struct Books {
     pub(crate) plan: Option<Arc<Plan>>,
-    open: BTreeMap<Id, Fate>,
-    done: HashSet<Id>,
-    given: u64,
-    good: u64,
-    bad: u64,
+    pub(super) open: BTreeMap<Id, Fate>,
+    pub(super) done: HashSet<Id>,
+    pub(super) given: u64,
+    pub(super) good: u64,
+    pub(super) bad: u64,
     /// First tries, of a pipeline with a limit, and what that let pass.
-    begun: u64,
+    pub(super) begun: u64,
     pub(crate) granted: u64,
-    /// Tries whose handler came back, and those of them that failed.
-    tried: u64,
-    failures: u64,
-    retries: u64,
     pub(crate) tries: u64,
+    /// Tries whose handler came back, and those of them that failed.
+    pub(super) tried: u64,
+    pub(super) failures: u64,
+    pub(super) retries: u64,
     pub(crate) batches: u64,
     /// The last of each source that each partition's processor began, and who is
     /// at it.
-    last_begun: HashMap<(usize, u64), u64>,
-    at_it: HashMap<u64, String>,
+    pub(super) last_begun: HashMap<(usize, u64), u64>,
+    pub(super) at_it: HashMap<u64, String>,
     /// The last of each source that each group's batches had, and who is at it.
-    last_batched: HashMap<(usize, Group), u64>,
-    batching: HashMap<Group, String>,
+    pub(super) last_batched: HashMap<(usize, Group), u64>,
+    pub(super) batching: HashMap<Group, String>,
     /// Threads in user code, and when one left it.
-    inside: HashMap<String, (u32, u64)>,
+    pub(super) inside: HashMap<String, (u32, u64)>,
     pub(crate) left: u64,
     /// Sources that are closing, for whose last messages open batches wait.
     pub(crate) closing: u32,
@@ -109,17 +105,17 @@ pub(crate) struct Books {
     pub(crate) limited: bool,
     /// It was resized: counters of workers may be gone.
     pub(crate) resized: bool,
-    drains: Option<u64>,
+    pub(super) drains: Option<u64>,
     /// Threads that user code killed, and when.
-    kills: HashMap<String, u64>,
-    killed: u64,
+    pub(super) kills: HashMap<String, u64>,
+    pub(super) killed: u64,
     /// Restarts of each pool.
-    restarts: HashMap<String, VecDeque<u64>>,
+    pub(super) restarts: HashMap<String, VecDeque<u64>>,
     /// When the last dead thread is back.
-    back: u64,
+    pub(super) back: u64,
     /// A failing call or a dead source ends it.
     pub(crate) may_fail: bool,
-    swept: u64,
+    pub(super) swept: u64,
     /// The program's stop returns by then.
     pub(crate) stopping: Option<u64>,
     /// The next handler asks for a stop, with so much time.
@@ -131,7 +127,7 @@ pub(crate) struct Books {
 }
 
 /// Batches whose order is kept: batcher, key, partition.
-type Group = (&'static str, Option<u64>, Option<u64>);
+pub(super) type Group = (&'static str, Option<u64>, Option<u64>);
 
 /// Threads that are in user code; leaves by itself, also by a panic.
 pub(crate) struct Inside(String, u64);
@@ -164,7 +160,7 @@ impl Drop for Inside {
 
 /// A worker was away until then: what is on its way to its batcher's batches may
 /// have waited for that.
-fn held_up(k: &mut Kernel, thread: &str, until: u64) {
+pub(super) fn held_up(k: &mut Kernel, thread: &str, until: u64) {
     let Some(plan) = k.wk.plan.clone() else { return };
     let of = |lot: &&Lot| thread.starts_with(&format!("broadsock-batch-{}-", lot.name));
     let Some(lot) = plan.batchers.iter().find(of) else { return };
@@ -180,11 +176,11 @@ impl Books {
         Self { plan: Some(plan), ..Self::default() }
     }
 
-    fn plan(&self) -> &Plan {
+    pub(super) fn plan(&self) -> &Plan {
         self.plan.as_ref().expect("there is a pipeline")
     }
 
-    fn is_anybody_inside(&self) -> bool {
+    pub(super) fn is_anybody_inside(&self) -> bool {
         self.inside.values().any(|(depth, _)| *depth > 0)
     }
 
@@ -195,11 +191,6 @@ impl Books {
 
     pub(crate) fn is_ending(&self) -> bool {
         self.drains.is_some()
-    }
-
-    #[allow(dead_code)]
-    pub(crate) fn outstanding(&self) -> usize {
-        self.open.len()
     }
 }
 
@@ -218,7 +209,6 @@ pub(crate) fn given(k: &mut Kernel, id: Id, partition: u64) {
         early: false,
         told_failed: false,
         acknowledged: false,
-        settled: false,
     };
     if k.wk.done.contains(&id) || k.wk.open.insert(id, fate).is_some() {
         k.broken("given-once", || format!("{id:?} is given again"));
@@ -508,222 +498,5 @@ fn ended(k: &mut Kernel, what: &'static str) {
     let thread = k.current_name();
     if k.wk.over && !k.wk.stuck.contains(&thread) {
         k.broken("nothing-after-the-end", || format!("{thread} begins {what}"));
-    }
-}
-
-/// An event that the observer was told.
-pub(crate) fn on_event(k: &mut Kernel, event: &PipelineEvent) {
-    let now = k.now;
-    k.note(|| format!("{event}"));
-    match event {
-        PipelineEvent::Draining => {
-            k.wk.drains.get_or_insert(now);
-        }
-        PipelineEvent::Batch { batcher, len, trigger } => closed(k, batcher, *len, *trigger),
-        PipelineEvent::Restarting { thread, delay, .. } => {
-            restarts(k, thread, now + delay.as_nanos() as u64);
-        }
-        PipelineEvent::Escalated { reason } => {
-            if k.wk.killed == 0 && !k.wk.may_fail {
-                k.broken("fails-only-for-cause", || reason.clone());
-            }
-            k.wk.drains.get_or_insert(now);
-            k.wk.stopping = Some(k.wk.stopping.map_or(now, |by| by.min(now)));
-            k.wk.kills.clear();
-        }
-        _ => {}
-    }
-}
-
-/// A batch was closed: its time must not be long over.
-fn closed(k: &mut Kernel, batcher: &str, len: usize, trigger: Trigger) {
-    let (lot, now) = (*k.wk.plan().lot(batcher), k.now);
-    if len == 0 {
-        k.broken("no-empty-batch", || format!("{trigger:?}"));
-    }
-    let of = format!("broadsock-batch-{batcher}-");
-    let workers = k.wk.inside.iter().filter(|(thread, _)| thread.starts_with(&of));
-    let (busy, at) =
-        workers.fold((0, 0), |(busy, at), (_, (depth, left))| (busy + depth, at.max(*left)));
-    let timeout = lot.timeout.as_nanos() as u64;
-    let waits = |fate: &&Fate| matches!(fate.stage, Stage::Batched(name, _) if name == lot.name);
-    let waiting = k.wk.open.iter().filter(|(_, fate)| waits(fate));
-    let oldest = waiting.map(|(id, fate)| (fate.batched, *id)).min();
-    // Whoever groups may have waited for a worker.
-    if let Some((oldest, id)) = oldest
-        && busy == 0
-        && now > oldest.saturating_add(timeout + SLACK).max(at.max(k.wk.back) + SLACK)
-    {
-        let late = (now - oldest - timeout) / 1_000_000;
-        k.broken("batch-in-time", || format!("{batcher}, {id:?}: {late} ms late"));
-    }
-}
-
-/// A dead thread will be back at `at`.
-fn restarts(k: &mut Kernel, thread: &str, at: u64) {
-    let intensity = k.wk.plan().intensity;
-    let died = k.wk.kills.remove(thread);
-    if died.is_none() {
-        k.broken("restarts-the-dead", || format!("{thread} was not killed"));
-    }
-    if at < k.now + 250_000_000 {
-        let now = k.now;
-        k.broken("no-hot-restart", || format!("{thread} restarts in {} ns", at - now));
-    }
-    // All processors are one pool, and all workers of a batcher.
-    let pool = thread.rsplit_once('-').map_or(thread, |(pool, _)| pool).to_owned();
-    let within = intensity.within.as_nanos() as u64;
-    let times = k.wk.restarts.entry(pool.clone()).or_default();
-    times.push_back(at);
-    times.retain(|old| old + within >= at);
-    let count = times.len();
-    if count > intensity.restarts as usize {
-        k.broken("restarts-within-intensity", || format!("{pool}: {count} restarts"));
-    }
-    k.wk.back = k.wk.back.max(at);
-    held_up(k, thread, at);
-}
-
-/// Looked at every half second of virtual time: nobody waits for ever.
-pub(crate) fn sweep(k: &mut Kernel) {
-    let now = k.now;
-    if k.wk.plan.is_none() || k.wk.over || now < k.wk.swept + SECOND / 2 {
-        return;
-    }
-    k.wk.swept = now;
-    // What it was at, it finishes.
-    let is_dead = |(thread, at): &(&String, &u64)| {
-        now > **at + SLACK && !k.wk.is_inside(thread, now.saturating_sub(SLACK))
-    };
-    if let Some((thread, _)) = k.wk.kills.iter().find(is_dead)
-        && k.wk.drains.is_none()
-    {
-        let thread = thread.clone();
-        k.broken("dead-worker-replaced", || format!("{thread} is dead"));
-    }
-    let busy = k.wk.is_anybody_inside() || now < k.wk.left.max(k.wk.back) + SLACK;
-    if busy || k.wk.open.is_empty() || k.wk.stopping.is_some_and(|at| now >= at) {
-        return;
-    }
-    let overdue = {
-        let wk = &k.wk;
-        let rate = if wk.limited { LONGEST_WINDOW } else { 0 };
-        let any = |is: fn(&Stage) -> bool| wk.open.values().any(|fate| is(&fate.stage));
-        let retries = any(|stage| matches!(stage, Stage::Retries(..)));
-        let upstream = retries || any(|stage| matches!(stage, Stage::Waits));
-        let closing = upstream || wk.closing > 0;
-        let drains = wk.drains.is_some_and(|at| now > at + SLACK) && !closing;
-        let time_of = |name| wk.plan().lot(name).timeout.as_nanos() as u64;
-        let due = |fate: &Fate| match fate.stage {
-            Stage::Retries(_, high) => high,
-            _ => 0,
-        };
-        let last_due = wk.open.values().map(due).max().unwrap_or(0);
-        // A processor may hold still for one that it tries again later.
-        let held = wk.plan().hold && now <= last_due + SLACK;
-        let is_overdue = |fate: &Fate| match fate.stage {
-            Stage::Waits => !held && now > wk.left.max(fate.since) + rate + SLACK,
-            Stage::Retries(_, high) => !held && now > high + SLACK,
-            Stage::Batched(..) if drains => true,
-            Stage::Batched(name, _) => now > fate.batched.saturating_add(time_of(name) + SLACK),
-            Stage::Handled | Stage::Ends(_) | Stage::Killed => now > fate.since + SLACK,
-        };
-        let found = wk.open.iter().find(|(_, fate)| is_overdue(fate));
-        found.map(|(id, fate)| (*id, fate.stage.clone(), fate.since, drains))
-    };
-    let Some((id, stage, since, drains)) = overdue else { return };
-    let check = match stage {
-        Stage::Batched(..) if drains => "flushed-on-stop",
-        Stage::Batched(..) => "batch-in-time",
-        _ => "nobody-waits-for-ever",
-    };
-    k.broken(check, || format!("{id:?} is {stage:?} since {} ms", (now - since) / 1_000_000));
-}
-
-/// The counters at some instant.
-pub(crate) fn counted(k: &mut Kernel, snapshot: &PipelineSnapshot) {
-    let ledger = &snapshot.ledger;
-    let (given, good, bad) = (k.wk.given, k.wk.good, k.wk.bad);
-    let most = k.wk.plan().max_in_flight as u64;
-    let over = ledger.succeeded > good || ledger.failed > bad || ledger.accepted > given;
-    if !ledger.balanced() || over || ledger.in_flight > most {
-        k.broken("pipeline-balanced", || format!("{ledger}: {given} given, {good} and {bad}"));
-    }
-}
-
-/// It has ended, with this report.
-pub(crate) fn ends(
-    k: &mut Kernel,
-    report: &PipelineReport,
-    snapshot: &PipelineSnapshot,
-    asked: Option<u64>,
-) {
-    let PipelineReport { ledger, returned, stuck, error, .. } = report;
-    let text = format!("{ledger}, {} returned, stuck {stuck:?}, {error:?}", returned.len());
-    k.note(|| format!("the pipeline has ended: {text}"));
-    let first = !std::mem::replace(&mut k.wk.over, true);
-    if first {
-        k.wk.stuck.clone_from(&report.stuck);
-    }
-    let ledger = report.ledger;
-    if !ledger.balanced() || ledger.in_flight > 0 {
-        k.broken("pipeline-balanced", || text.clone());
-    }
-    // Of the stop's time, the last part is for threads to end.
-    let told = |thread: &&String| {
-        let since = asked.map_or(0, |at| at.saturating_sub(SECOND / 2));
-        !k.wk.is_inside(thread, since) && !k.hung.contains(*thread)
-    };
-    let wrongly: Vec<String> = report.stuck.iter().filter(told).cloned().collect();
-    if !wrongly.is_empty() && !k.wk.hasty {
-        k.broken("only-user-code-is-stuck", || format!("{wrongly:?} are told"));
-    }
-    let mut returned: Vec<Id> = report.returned.iter().map(Id::of).collect();
-    returned.sort_unstable();
-    let len = returned.len();
-    returned.dedup();
-    if returned.len() != len || ledger.returned != len as u64 {
-        k.broken("returned-once", || text.clone());
-    }
-    let stray = returned.iter().find(|id| !k.wk.open.contains_key(id) && !k.wk.done.contains(id));
-    if let Some(id) = stray {
-        k.broken("returned-once", || format!("{id:?} is returned"));
-    }
-    // Of one that was just being settled it is not known what became of it.
-    let both = returned.iter().find(|id| k.wk.done.contains(id)).copied();
-    if let Some(id) = both
-        && report.stuck.is_empty()
-    {
-        k.broken("settled-or-returned", || format!("{id:?} is both; {text}"));
-    }
-    let lost = k.wk.open.keys().find(|id| returned.binary_search(id).is_err()).copied();
-    let source = report.stuck.iter().any(|thread| thread.contains("source"));
-    if let Some(id) = lost
-        && !source
-    {
-        k.broken("nothing-unaccounted-for", || format!("{id:?} is lost; {text}"));
-    }
-    if report.stuck.is_empty() && (ledger.succeeded, ledger.failed) != (k.wk.good, k.wk.bad) {
-        let (good, bad) = (k.wk.good, k.wk.bad);
-        k.broken("pipeline-balanced", || format!("{good} and {bad} told; {text}"));
-    }
-    if report.stuck.is_empty() {
-        quiet_counters(k, snapshot);
-    }
-}
-
-/// What the counters say when every thread has ended.
-fn quiet_counters(k: &mut Kernel, snapshot: &PipelineSnapshot) {
-    for stage in &snapshot.stages {
-        if stage.queued > 0 {
-            k.broken("counters-true", || format!("{}: {} queued", stage.name, stage.queued));
-        }
-    }
-    let workers = &snapshot.stages[0].workers;
-    let sum = |of: fn(&crate::pipeline::WorkerSnapshot) -> u64| workers.iter().map(of).sum::<u64>();
-    let told = (sum(|worker| worker.handled), sum(|worker| worker.failed), snapshot.retries);
-    let known = (k.wk.tried, k.wk.failures, k.wk.retries);
-    if told != known && !k.wk.resized {
-        k.broken("counters-true", || format!("tries, failures, retries: {told:?}, not {known:?}"));
     }
 }
