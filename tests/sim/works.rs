@@ -254,7 +254,10 @@ pub(crate) fn stop(time: u64) {
 /// A handler stops the pipeline that it runs in.
 fn stop_in_handler(time: u64) {
     let Some(pipeline) = PIPELINE.with_borrow(Clone::clone) else { return };
-    let before = with(|k| k.now);
+    let before = with(|k| {
+        k.wk.stopping = Some(k.now + time);
+        k.now
+    });
     let report = pipeline.stop(Duration::from_nanos(time));
     let now = with(|k| k.now);
     if now > before + SECOND || !report.ledger.balanced() {
