@@ -4,7 +4,6 @@ use std::any::Any;
 use std::fmt;
 use std::marker::PhantomData;
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError, bounded};
@@ -26,7 +25,7 @@ use crate::threads::pipeline::supervisor::Supervisor;
 use crate::threads::pipeline::{
     Ending, Flow, FlowPolicy, Partition, Phase, Retries, SourceSlot, lock,
 };
-use crate::threads::{Spawner, contained};
+use crate::threads::{JoinHandle, Spawner, contained};
 use crate::work::{Acknowledger, Failure, Handler, NoAcknowledger, Source};
 
 /// How long a pipeline that is dropped without `stop` may take to end.

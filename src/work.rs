@@ -118,8 +118,8 @@ impl<T> Next<T> {
     }
 
     /// Batches hold items of one key only; one key is worked by one worker at a
-    /// time, in order. With partitions, that holds for one key of one partition:
-    /// each partition has batches of its own.
+    /// time, in order. With partitions, that holds for one key of one partition,
+    /// and those that belong to the same worker share its batches.
     pub fn key(mut self, key: impl Into<Arc<str>>) -> Self {
         if let Some(batch) = &mut self.batch {
             batch.key = Some(key.into());

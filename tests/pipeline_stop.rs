@@ -38,6 +38,22 @@ fn stop_waits_until_all_is_processed_also_incomplete_batches() {
     assert_eq!(acknowledger.succeeded().len(), 25);
 }
 
+/// Found by the world.
+#[test]
+fn a_stop_with_batches_that_took_all_the_room_waited_for_their_time() {
+    let (source, feed) = testing::source();
+    let hands = Hands::new(to_batch);
+    let pipeline = Pipeline::builder(hands)
+        .source(source)
+        .batcher("batch", Batching::new().size(1000).timeout(LONG))
+        .max_in_flight(3)
+        .start()
+        .unwrap();
+    feed.test_batch(numbers(25));
+    eventually("no room is left", || pipeline.metrics().ledger.in_flight == 3);
+    assert_eq!(ends_well(&pipeline).ledger.succeeded, 25);
+}
+
 #[test]
 fn a_stop_waits_for_what_has_to_be_tried_again() {
     let tried = AtomicBool::new(false);

@@ -47,6 +47,66 @@ fn only_the_message_of_the_crashing_processor_is_lost_to_it_and_is_reported() {
     assert_eq!((pipeline.metrics().restarts, report.error.is_none()), (1, true));
 }
 
+/// Kills the worker that tells it first.
+struct DeadlyOnce(AtomicUsize);
+
+impl Acknowledger for DeadlyOnce {
+    fn acknowledge(&self, _: &[Succeeded], _: &[Failed]) -> Result<(), BoxError> {
+        if self.0.fetch_add(1, SeqCst) == 0 {
+            kill_worker();
+        }
+        Ok(())
+    }
+}
+
+/// Found by the world.
+#[test]
+fn a_held_message_was_tried_again_before_its_time_when_its_worker_died() {
+    let (sender, tries) = broadsock::crossbeam_channel::bounded(10);
+    let (source, feed) = testing::source();
+    let pipeline = Pipeline::each(move |message: &Message| {
+        if message.text() == Some("b") {
+            let _ = sender.try_send(now());
+        }
+        match message.text() {
+            Some("b") if sender.len() == 1 => Err("not yet"),
+            _ => Ok(()),
+        }
+    })
+    .source_with(source, DeadlyOnce(AtomicUsize::new(0)))
+    .processors(1)
+    .partition_by(|_| 0)
+    .retries(2, Backoff::constant(ms(800)))
+    .hold_order()
+    .start()
+    .unwrap();
+    // The worker dies of the first, whose outcome it tells while it holds the other.
+    feed.test_batch(["a", "b"]);
+    eventually("the other try", || tries.len() == 2);
+    assert_eq!(pipeline.metrics().restarts, 1);
+    let (first, second) = (tries.recv().unwrap(), tries.recv().unwrap());
+    assert!(second - first >= ms(800), "{:?}", second - first);
+    all_well(&pipeline.stop(LONG));
+}
+
+/// Found by the world.
+#[test]
+fn the_heir_of_a_chunk_without_another_message_told_that_it_began_none() {
+    let (sender, lens) = broadsock::crossbeam_channel::bounded(10);
+    let report = Pipeline::each(deadly("a"))
+        .source(sources::iter(["a"]))
+        .observer(move |event| {
+            if let PipelineEvent::ChunkStarted { len, .. } = event {
+                let _ = sender.try_send(*len);
+            }
+        })
+        .start()
+        .unwrap()
+        .join();
+    all_well(&report);
+    assert_eq!(lens.try_iter().collect::<Vec<_>>(), [1]);
+}
+
 #[test]
 fn a_killed_batch_worker_loses_its_batch_and_none_of_its_queue() {
     let acknowledger = TestAcknowledger::new();

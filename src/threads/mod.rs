@@ -2,6 +2,7 @@
 
 pub(crate) mod connection;
 mod consume;
+mod contain;
 pub(crate) mod events;
 pub(crate) mod inbox;
 pub(crate) mod monitor;
@@ -9,10 +10,10 @@ pub(crate) mod pipeline;
 pub(crate) mod queue;
 pub(crate) mod shared;
 pub(crate) mod timer;
+pub(crate) mod watched;
 
-use std::any::Any;
 use std::cell::Cell;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 pub(crate) use std::thread::JoinHandle;
 
@@ -20,6 +21,7 @@ use crossbeam_channel::{Receiver, RecvError, Sender};
 
 use crate::error::{Error, ErrorKind};
 use crate::metrics::Counter;
+pub(crate) use contain::{Kill, Killed, contained, contained_user, panic_message, panic_text};
 use monitor::Notice;
 
 /// Room for user hooks in a debug build and for long certificate chains; it is
@@ -80,6 +82,13 @@ pub(crate) fn receive<T>(channel: &Receiver<T>) -> Result<T, RecvError> {
     channel.recv()
 }
 
+/// Locks, whatever became of a thread that held the lock. Where the threads of a
+/// pipeline lock, so that the tests' world can let others go first.
+#[inline]
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Tells the monitor that its thread is about to end, also by a panic.
 struct ExitGuard {
     child: usize,
@@ -90,89 +99,5 @@ impl Drop for ExitGuard {
     fn drop(&mut self) {
         // The monitor drains its channel until it ends; then nobody listens.
         let _ = self.monitor.send(Notice::Ended(self.child));
-    }
-}
-
-/// Runs user code; a panic comes back as its message.
-pub(crate) fn contained<T>(run: impl FnOnce() -> T) -> Result<T, String> {
-    catch_unwind(AssertUnwindSafe(run)).map_err(panic_message)
-}
-
-/// A panic that ends its thread instead of being contained: how tests kill a
-/// worker.
-#[derive(Debug)]
-pub(crate) struct Kill;
-
-/// Runs user code on a supervised worker; a panic comes back as its message.
-pub(crate) fn contained_user<T>(run: impl FnOnce() -> T) -> Result<T, String> {
-    let mut killed = Killed::default();
-    let result = killed.contain(run);
-    killed.die();
-    result
-}
-
-/// A kill that waits until its thread has finished what must not stay half done.
-#[derive(Default)]
-pub(crate) struct Killed(Option<Box<dyn Any + Send>>);
-
-impl Killed {
-    /// Runs user code; a panic comes back as its message, also that of a kill.
-    pub(crate) fn contain<T>(&mut self, run: impl FnOnce() -> T) -> Result<T, String> {
-        catch_unwind(AssertUnwindSafe(run)).map_err(|payload| {
-            if payload.is::<Kill>() {
-                self.0 = Some(payload);
-                return "the thread is killed".to_owned();
-            }
-            panic_message(payload)
-        })
-    }
-
-    /// Ends the thread if it was killed.
-    #[inline]
-    pub(crate) fn die(self) {
-        if let Some(payload) = self.0 {
-            resume_unwind(payload);
-        }
-    }
-}
-
-/// The message of a panic. Dropping what a user panicked with may panic too.
-pub(crate) fn panic_message(payload: Box<dyn Any + Send>) -> String {
-    let text = panic_text(&*payload);
-    if let Err(again) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
-        std::mem::forget(again);
-    }
-    text
-}
-
-/// The message of a panic.
-pub(crate) fn panic_text(payload: &(dyn Any + Send)) -> String {
-    if let Some(text) = payload.downcast_ref::<&str>() {
-        (*text).to_owned()
-    } else if let Some(text) = payload.downcast_ref::<String>() {
-        text.clone()
-    } else if payload.is::<Kill>() {
-        "killed by a test".to_owned()
-    } else {
-        "a panic without a message".to_owned()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    struct Bomb;
-
-    impl Drop for Bomb {
-        fn drop(&mut self) {
-            std::panic::panic_any(Bomb);
-        }
-    }
-
-    #[test]
-    fn a_panic_whose_payload_panics_is_contained_too() {
-        let end = contained(|| std::panic::panic_any(Bomb));
-        assert_eq!(end, Err::<(), _>("a panic without a message".to_owned()));
     }
 }

@@ -1,9 +1,10 @@
 //! The timer thread: the only one that sleeps with a timeout.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
+use super::watched::Watched;
 use crate::io::clock::Clock;
 
 /// Who hears that a deadline has come. Posting must not block.
@@ -18,14 +19,8 @@ pub(crate) trait Alarm: Send + Sync {
 /// hook held up past the end of its client must be able to end as well.
 #[derive(Debug, Clone)]
 pub(crate) struct Timer {
-    shared: Arc<TimerShared>,
-}
-
-#[derive(Debug)]
-struct TimerShared {
-    state: Mutex<TimerState>,
-    /// Told when there is an earlier deadline, or to stop.
-    changed: Condvar,
+    /// Notified when there is an earlier deadline, or to stop.
+    state: Arc<Watched<TimerState>>,
 }
 
 #[derive(Debug, Default)]
@@ -36,50 +31,41 @@ struct TimerState {
 
 impl Timer {
     pub(crate) fn new() -> Self {
-        let (state, changed) = (Mutex::default(), Condvar::new());
-        Self { shared: Arc::new(TimerShared { state, changed }) }
+        Self { state: Arc::new(Watched::new(TimerState::default())) }
     }
 
     /// The owner's alarm fires at `at`, or earlier if that was asked before.
     pub(crate) fn arm(&self, owner: usize, at: Instant) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let first = state.deadlines.first();
         state.deadlines.arm(owner, at);
         if state.deadlines.first() != first {
             drop(state);
-            self.shared.changed.notify_one();
+            self.state.notify_all();
         }
     }
 
     pub(crate) fn stop(&self) {
-        self.lock().stopped = true;
-        self.shared.changed.notify_one();
+        self.state.lock().stopped = true;
+        self.state.notify_all();
     }
 
     /// The thread's body. `alarms[owner]` is told when its deadline has come.
     pub(crate) fn run(&self, clock: Clock, alarms: &[Arc<dyn Alarm>]) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         while !state.stopped {
             let now = clock.now();
             if let Some(owner) = state.deadlines.due(now) {
                 drop(state);
                 alarms[owner].fire();
-                state = self.lock();
+                state = self.state.lock();
                 continue;
             }
             state = match state.deadlines.first() {
-                None => self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
-                Some(at) => {
-                    let left = at.saturating_duration_since(now);
-                    let waited = self.shared.changed.wait_timeout(state, left);
-                    waited.unwrap_or_else(PoisonError::into_inner).0
-                }
+                None => self.state.wait(state),
+                Some(at) => self.state.wait_timeout(state, at.saturating_duration_since(now)),
             };
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, TimerState> {
-        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

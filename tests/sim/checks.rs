@@ -83,6 +83,10 @@ pub(crate) struct Checks {
     pub(crate) delivered: HashMap<u64, Delivered>,
     pub(crate) closing: Option<u64>,
     pub(crate) failed: Option<(u64, Error)>,
+    /// The pipeline has its client read nothing any more.
+    pub(crate) reads_no_more: bool,
+    /// The client was closed with hardly any time for it.
+    pub(crate) in_haste: bool,
     pub(crate) ended: bool,
     pub(crate) swept: u64,
     pub(crate) transitions: u64,
@@ -98,6 +102,13 @@ pub(crate) struct Checks {
     pub(crate) got: Vec<(u64, u64)>,
     /// What was told of losses, failures and panics, if it is to be known.
     pub(crate) causes: Option<Vec<String>>,
+}
+
+impl Checks {
+    /// The client is closed.
+    pub(crate) fn is_closed_by(&mut self, at: u64) {
+        self.closing = Some(self.closing.map_or(at, |earlier| earlier.min(at)));
+    }
 }
 
 #[derive(Default)]
@@ -184,7 +195,7 @@ pub(crate) fn on_event(k: &mut Kernel, at: u64, event: &Event) {
             let threads = threads.iter().filter(stuck).count();
             // A hook that sleeps can hold its thread past a short deadline.
             let hooks = k.sv.sessions && k.sv.rates.session > 0.0;
-            if threads > 0 && !hooks {
+            if threads > 0 && !hooks && !k.ck.in_haste {
                 k.broken("close-in-time", || format!("{event}"));
             }
         }
@@ -532,8 +543,10 @@ pub(crate) fn sweep(k: &mut Kernel) {
     for index in (0..k.ck.conns.len()).filter(|index| !k.is_hung(*index)).collect::<Vec<_>>() {
         let conn = &k.ck.conns[index];
         let (state, attempt, due) = (conn.state(), conn.attempt, conn.due);
+        // Who is closed without time has none to tell its last states.
+        let told = !k.ck.in_haste;
         let dialing = matches!(state, State::Connecting | State::Opening);
-        if dialing && now > attempt + nanos(setup.connect) + SLACK {
+        if dialing && told && now > attempt + nanos(setup.connect) + SLACK {
             k.broken("connect-deadline", || format!("conn {index} is still {state}"));
         }
         let over = k.ck.closing.is_some() || k.ck.failed.is_some();
@@ -568,6 +581,7 @@ fn watch(k: &mut Kernel, sock: usize, setup: &Setup) {
     let Some(server) = k.sv.socks.get(&sock) else { return };
     let conn = &k.ck.conns[server.conn];
     let cannot = k.is_hung(server.conn) || conn.blocked;
+    let cannot = cannot || k.ck.reads_no_more;
     if it.life != Life::Open || conn.state() != State::Connected || cannot {
         return;
     }

@@ -277,6 +277,6 @@ pub(crate) fn hang() -> ! {
         k.hung.insert(name);
     });
     loop {
-        kernel::pause(Wait::Until(Box::new(|| false)));
+        kernel::park(None);
     }
 }

@@ -22,9 +22,10 @@ pub(crate) enum Wait {
     Poll(usize),
     /// The end of another.
     Join(usize),
-    Until(Box<dyn Fn() -> bool>),
-    /// A time, or something else before.
-    Deadline(Option<u64>, Box<dyn Fn() -> bool>),
+    /// Somebody who wakes it, or a time before that.
+    Parked(Option<u64>),
+    /// It has been woken.
+    Woken,
 }
 
 /// An event, when it happens, and its place among those of the same time.
@@ -76,7 +77,10 @@ pub(crate) enum Ev {
     Consume,
     Push(usize),
     Flood(usize, u32),
-    PipelineTick(u64),
+    /// The program does something to its pipeline.
+    Meddle,
+    /// The pipeline is asked to end, if it has not yet.
+    StopPipeline,
     Heal,
     Quiet,
     Close,
@@ -102,9 +106,15 @@ pub(crate) struct Kernel {
     known: usize,
     spins: u32,
     current: usize,
+    /// Which client or pipeline each coroutine belongs to, if any.
+    owners: Vec<u64>,
+    pub(crate) spawners: u64,
+    /// Chance that a thread loses its turn where it takes a lock.
+    pub(crate) preemption: f64,
     pub(crate) net: Net,
     pub(crate) sv: crate::server::Servers,
     pub(crate) ck: crate::checks::Checks,
+    pub(crate) wk: crate::works::books::Books,
     /// Told by the observer and not looked at yet.
     pub(crate) told: VecDeque<(u64, Event)>,
     pub(crate) violation: Option<(&'static str, String)>,
@@ -146,6 +156,16 @@ pub(crate) fn with<T>(run: impl FnOnce(&mut Kernel) -> T) -> T {
 }
 
 impl Kernel {
+    fn can_run(&self, task: usize) -> bool {
+        match &self.waits[task] {
+            None | Some(Wait::Parked(None)) => false,
+            Some(Wait::Yield | Wait::Woken) => true,
+            Some(Wait::Poll(poller)) => self.net.is_ready(*poller),
+            Some(Wait::Join(other)) => *other != task && self.waits[*other].is_none(),
+            Some(Wait::Parked(Some(at))) => *at <= self.now,
+        }
+    }
+
     fn new(seed: u64, trace: bool) -> Self {
         Self {
             base: Instant::now() + Duration::from_secs(3600),
@@ -159,9 +179,13 @@ impl Kernel {
             known: 0,
             spins: 0,
             current: usize::MAX,
+            owners: Vec::new(),
+            spawners: 0,
+            preemption: 0.0,
             net: Net::default(),
             sv: crate::server::Servers::default(),
             ck: crate::checks::Checks::default(),
+            wk: crate::works::books::Books::default(),
             told: VecDeque::new(),
             violation: None,
             trace,
@@ -316,15 +340,31 @@ pub(crate) fn random() -> f64 {
 }
 
 pub(crate) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> usize {
+    spawn_for(0, name, body)
+}
+
+/// Starts a coroutine that belongs to a client or pipeline.
+pub(crate) fn spawn_for(owner: u64, name: &str, body: impl FnOnce() + Send + 'static) -> usize {
     let body = Gn::new_opt(STACK, move || body());
     with(|k| {
         let id = k.waits.len();
         k.waits.push(Some(Wait::Yield));
         k.names.push(name.to_owned());
+        k.owners.push(owner);
         k.new.push(Task { name: name.to_owned(), body });
         k.note(|| format!("task {id} {name} starts"));
         id
     })
+}
+
+/// Whom the coroutine that runs belongs to.
+pub(crate) fn owner() -> u64 {
+    with(|k| k.owners.get(k.current).copied().unwrap_or(0))
+}
+
+/// The coroutine that runs.
+pub(crate) fn current() -> usize {
+    with(|k| k.current)
 }
 
 /// Gives the turn away until what is waited for has come.
@@ -337,10 +377,31 @@ pub(crate) fn pause(wait: Wait) {
     generator::yield_with(());
 }
 
+/// Waits until somebody wakes the calling coroutine, or until a time.
+pub(crate) fn park(until: Option<u64>) {
+    pause(Wait::Parked(until));
+}
+
+/// Lets a coroutine that is parked go on.
+pub(crate) fn wake(task: usize) {
+    with(|k| {
+        if let Some(wait @ Some(Wait::Parked(_))) = k.waits.get_mut(task) {
+            *wait = Some(Wait::Woken);
+        }
+    });
+}
+
+/// Lets others go first, by chance.
+pub(crate) fn preempt() {
+    let loses = with(|k| k.preemption > 0.0 && k.current != usize::MAX && k.chance(k.preemption));
+    if loses && !std::thread::panicking() {
+        pause(Wait::Yield);
+    }
+}
+
 /// Blocks the calling coroutine, as user code may.
 pub(crate) fn sleep(time: Duration) {
-    let until = with(|k| k.now + time.as_nanos() as u64);
-    pause(Wait::Deadline(Some(until), Box::new(|| false)));
+    park(Some(with(|k| k.now + time.as_nanos() as u64)));
 }
 
 pub(crate) fn is_done(task: usize) -> bool {
@@ -353,42 +414,8 @@ pub(crate) fn alive() -> Vec<String> {
     })
 }
 
-/// Whether a coroutine can run, as far as that is known without its condition.
-enum Can {
-    Known(bool),
-    /// The wait, taken out while its condition is asked, which may want the kernel.
-    Ask(Wait),
-}
-
-fn can_run(task: usize) -> bool {
-    let can = with(|k| {
-        let done = |k: &Kernel, other: usize| k.waits[other].is_none();
-        match &k.waits[task] {
-            None => Can::Known(false),
-            Some(Wait::Yield) => Can::Known(true),
-            Some(Wait::Poll(poller)) => Can::Known(k.net.is_ready(*poller)),
-            Some(Wait::Join(other)) => Can::Known(*other != task && done(k, *other)),
-            Some(Wait::Deadline(Some(at), _)) if *at <= k.now => Can::Known(true),
-            Some(Wait::Until(_) | Wait::Deadline(..)) => match k.waits[task].take() {
-                Some(wait) => Can::Ask(wait),
-                None => Can::Known(false),
-            },
-        }
-    });
-    let wait = match can {
-        Can::Known(can) => return can,
-        Can::Ask(wait) => wait,
-    };
-    let can = match &wait {
-        Wait::Until(condition) | Wait::Deadline(_, condition) => condition(),
-        _ => false,
-    };
-    with(|k| k.waits[task] = Some(wait));
-    can
-}
-
-/// Takes in what was started since the last turn; how many are alive now.
-fn admit() -> usize {
+/// Takes in what was started since the last turn.
+fn admit() {
     let new = with(|k| std::mem::take(&mut k.new));
     if !new.is_empty() {
         let count = TASKS.with(|tasks| {
@@ -401,32 +428,31 @@ fn admit() -> usize {
             k.known = count;
         });
     }
-    with(|k| k.alive.len())
 }
 
 /// Runs one coroutine that can run; `false` if none can.
 pub(crate) fn run_one() -> bool {
-    let mut runnable = [0; 32];
-    let mut found = 0;
-    for at in 0..admit() {
-        let task = with(|k| k.alive[at]);
-        if found < runnable.len() && can_run(task) {
-            runnable[found] = task;
-            found += 1;
-        }
-    }
-    if found == 0 {
-        return false;
-    }
+    admit();
     let id = with(|k| {
+        let (mut runnable, mut found) = ([0; 64], 0);
+        for task in &k.alive {
+            if found < runnable.len() && k.can_run(*task) {
+                runnable[found] = *task;
+                found += 1;
+            }
+        }
+        if found == 0 {
+            return None;
+        }
         let id = k.pick(&runnable[..found]);
         k.current = id;
         // A turn takes time.
         let cost = k.range(500, 30_000);
         k.now += cost;
         k.steps += 1;
-        id
+        Some(id)
     });
+    let Some(id) = id else { return false };
     let mut task = TASKS.with(|tasks| tasks.borrow_mut()[id].take()).expect("it is there");
     task.body.resume();
     if task.body.is_done() {
@@ -466,7 +492,7 @@ pub(crate) fn advance() -> bool {
     with(|k| {
         let event = k.agenda.peek().map(|planned| planned.at);
         let deadline = k.alive.iter().filter_map(|task| match &k.waits[*task] {
-            Some(Wait::Deadline(at, _)) => *at,
+            Some(Wait::Parked(at)) => *at,
             _ => None,
         });
         let Some(next) = deadline.chain(event).min() else { return false };

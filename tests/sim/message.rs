@@ -69,8 +69,10 @@ impl BlockBuilder {
         with(|k| {
             // The message that fills it may be of the largest size.
             let limit = (k.ck.setup.block, FULL + k.sv.max_message);
-            // What a session emits at once stays together.
-            if len > limit.0 || bytes > limit.1 {
+            // What a session emits at once stays together. A pipeline's sources make
+            // blocks of what they are given.
+            let reads = k.current_name().starts_with("broadsock-conn");
+            if reads && (len > limit.0 || bytes > limit.1) {
                 k.broken("block-bounded", || format!("{len} messages of {bytes} bytes"));
             }
         });

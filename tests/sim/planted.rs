@@ -31,9 +31,15 @@ bugs! {
     IntensityIgnored, RestartedAtOnce,
     // The WebSocket and the blocks.
     UnfinishedForgotten, FinishedSentAgain, WrittenTwice, WrongEpoch, WrongOrder, PongMissing,
-    // The pipeline.
-    TimerOfAnOlderBatch, EmptyBatch, BatchTooLarge, MissedFlushOnStop, RateExceeded,
-    SettledTwice, AcknowledgedBeforeOutcome, OvertakenInItsKey, RetriedForEver,
+    // The pipeline's logic.
+    TimerOfAnOlderBatch, EmptyBatch, BatchTooLarge, ClosedBeforeItsTime, MissedFlushOnStop,
+    OvertakenInItsKey, RateExceeded, RetriedAtOnce,
+    // The pipeline's threads.
+    LostSignal, EndUnheard, LostChange, ItemUntold, RoomUntold, RoomNotPassedOn,
+    OvertakenInItsPartition, RetriedForEver, SettledTwice, FinishedButNotSettled,
+    FailureTakenForSuccess, EarlyAcknowledgementForgotten, DeadWorkersMessageForgotten,
+    DeadWorkersRestDropped, DeathUntold, PanicEscapes, DeadlineIgnored, RoomNeverGivenBack,
+    RoomForTooMany,
     EndUntold,
     // Found where each call fails in its turn.
     ReadErrorSwallowed, WakeErrorSwallowed,

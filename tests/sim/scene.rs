@@ -29,6 +29,7 @@ use crate::threads::queue::{Queue, QueuePolicy};
 use crate::threads::shared::{Endpoint, Peer, Shared, States};
 use crate::threads::timer::Timer;
 use crate::user;
+use crate::works::plan::Plan;
 
 const MS: u64 = 1_000_000;
 const SECOND: u64 = 1_000_000_000;
@@ -41,7 +42,8 @@ pub(crate) struct Scene {
     /// All connections show the same feed.
     pub(crate) redundant: bool,
     pub(crate) failing: f64,
-    pub(crate) has_pipeline: bool,
+    /// The pipeline, if the client has one.
+    pub(crate) plan: Option<Plan>,
     pub(crate) by_block: bool,
     /// Nanoseconds between two looks of the consumer, and what it takes then.
     pub(crate) consume_every: u64,
@@ -75,7 +77,7 @@ impl Scene {
             settles: settles(&setup),
             redundant,
             failing: if k.chance(0.15) { 0.003 } else { 0.0 },
-            has_pipeline: k.chance(0.5),
+            plan: if k.chance(0.5) { Some(Plan::drawn(k)) } else { None },
             by_block: k.chance(0.3),
             consume_every: k.pick(&[5, 50, 300]) * MS,
             consume_most: k.range(1, 60),
@@ -184,6 +186,7 @@ pub(crate) fn draw_rates(k: &mut Kernel, setup: &Setup) -> Rates {
         big: if setup.queue > 1000 { k.pick(&[0.02, 1.0]) } else { k.pick(&[0.0, 0.02, 0.2]) },
         window: if setup.queue > 1000 { 1 << 20 } else { 256 * 1024 },
         slow: k.chance(0.3),
+        lazy: 0.02,
         overlap: k.pick(&[0, 3, 20]) + if reorder > 0.0 { 4 } else { 0 },
     }
 }
@@ -336,7 +339,7 @@ pub(crate) fn share(setup: &Setup, spawner: Spawner) -> Shared {
         policy,
         queue,
         hub: Hub::new(Some(observer)),
-        timer: Timer::new(),
+        timer: Timer::of_a_client(),
         spawner,
         states: States::new(connections.len()),
         connections,

@@ -46,6 +46,8 @@ pub(crate) struct Rates {
     /// Bytes that a server sends ahead of what the client has read.
     pub(crate) window: usize,
     pub(crate) slow: bool,
+    /// How often a session is not welcomed.
+    pub(crate) lazy: f64,
     /// Overlap of what is sent again after a reconnect.
     pub(crate) overlap: u64,
 }
@@ -707,7 +709,8 @@ fn resume(k: &mut Kernel, sock: usize, at: u64) {
     server.waits = false;
     server.cursor = (at + 1).saturating_sub(back).max(1);
     k.note(|| format!("sock {sock} of conn {conn} resumes from {at}"));
-    let lazy = !k.sv.healed && k.chance(0.02);
+    let lazy = k.sv.rates.lazy;
+    let lazy = !k.sv.healed && k.chance(lazy);
     if lazy {
         k.fault("no welcome");
         return;

@@ -4,26 +4,30 @@
 pub(crate) mod connection;
 #[path = "../../src/threads/consume.rs"]
 pub(crate) mod consume;
+mod contain;
 #[path = "../../src/threads/events.rs"]
 pub(crate) mod events;
 #[path = "../../src/threads/inbox.rs"]
 pub(crate) mod inbox;
 #[path = "../../src/threads/monitor.rs"]
 pub(crate) mod monitor;
+pub(crate) mod pipeline;
 #[path = "../../src/threads/queue.rs"]
 pub(crate) mod queue;
 #[path = "../../src/threads/shared.rs"]
 pub(crate) mod shared;
+pub(crate) mod timer;
+pub(crate) mod watched;
 
-use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
-use crossbeam_channel::{Receiver, RecvError, Sender, TryRecvError};
+pub(crate) use contain::{Kill, Killed, contained, contained_user, panic_message, panic_text};
+use crossbeam_channel::{Receiver, RecvError, Sender};
 
 use crate::error::{Error, ErrorKind};
 use crate::faults::{self, Call};
-use crate::kernel::{self, Wait};
+use crate::kernel::{self, Wait, with};
 use crate::planted::{Bug, planted};
 use monitor::Notice;
 
@@ -47,12 +51,17 @@ impl<T> JoinHandle<T> {
 
 #[derive(Debug, Clone)]
 pub(crate) struct Spawner {
+    owner: u64,
     pub(crate) monitor: Sender<Notice>,
 }
 
 impl Spawner {
     pub(crate) fn new(monitor: Sender<Notice>) -> Self {
-        Self { monitor }
+        let owner = with(|k| {
+            k.spawners += 1;
+            k.spawners
+        });
+        Self { owner, monitor }
     }
 
     pub(crate) fn spawn<T: Send + 'static>(
@@ -66,148 +75,41 @@ impl Spawner {
         }
         let result = Arc::new(Mutex::new(None));
         let (out, monitor) = (result.clone(), self.monitor.clone());
-        let task = kernel::spawn(name, move || {
+        let task = kernel::spawn_for(self.owner, name, move || {
             let ended = catch_unwind(AssertUnwindSafe(body));
+            let untold = planted(Bug::DeathUntold) && ended.is_err();
             *out.lock().unwrap() = Some(ended);
-            let _ = monitor.try_send(Notice::Ended(child));
+            if !untold {
+                let _ = monitor.send(Notice::Ended(child));
+            }
             // The notice is out before the thread has ended: others may run now.
             kernel::pause(Wait::Yield);
         });
         Ok(JoinHandle { task, result })
     }
+
+    pub(crate) fn is_own_thread(&self) -> bool {
+        kernel::owner() == self.owner
+    }
 }
 
 pub(crate) fn receive<T: Send + 'static>(channel: &Receiver<T>) -> Result<T, RecvError> {
     loop {
-        match channel.try_recv() {
+        match channel.recv() {
             Ok(_) if planted(Bug::LostNotice) && kernel::chance(0.2) => {}
-            Ok(value) => return Ok(value),
-            Err(TryRecvError::Disconnected) => return Err(RecvError),
-            Err(TryRecvError::Empty) => {
-                let seen = channel.clone();
-                kernel::pause(Wait::Until(Box::new(move || !seen.is_empty())));
-            }
+            other => return other,
         }
     }
 }
 
-pub(crate) fn contained<T>(run: impl FnOnce() -> T) -> Result<T, String> {
-    catch_unwind(AssertUnwindSafe(run)).map_err(|payload| panic_text(&*payload))
-}
-
-pub(crate) fn panic_text(payload: &(dyn Any + Send)) -> String {
-    let text = payload.downcast_ref::<&str>().map(ToString::to_string);
-    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_default()
-}
-
-/// Stands in for `threads/timer.rs`: one deadline for each owner.
-pub(crate) mod timer {
-    use std::sync::{Arc, Mutex};
-    use std::time::Instant;
-
-    use crate::io::clock::Clock;
-    use crate::kernel::{self, Wait};
-    use crate::planted::{Bug, planted};
-
-    pub(crate) trait Alarm: Send + Sync {
-        fn fire(&self);
-    }
-
-    #[derive(Debug, Clone, Default)]
-    pub(crate) struct Timer {
-        state: Arc<Mutex<State>>,
-    }
-
-    #[derive(Debug, Default)]
-    struct State {
-        of: Vec<Option<Instant>>,
-        /// What each owner last asked for that was over already.
-        past: Vec<Option<Instant>>,
-        stopped: bool,
-    }
-
-    impl State {
-        /// What is over may be asked for once: whoever hears of it acts on it.
-        fn look_back(&mut self, owner: usize, at: Instant) {
-            if at > kernel::instant() {
-                return;
-            }
-            if self.past[owner].replace(at) == Some(at) {
-                kernel::with(|k| {
-                    let at = k.nanos(at) as f64 / 1e9;
-                    k.broken("no-past-deadline-twice", || format!("{owner} waits for {at:.6}"));
-                });
-            }
-        }
-    }
-
-    impl Timer {
-        pub(crate) fn new() -> Self {
-            Self::default()
-        }
-
-        pub(crate) fn arm(&self, owner: usize, at: Instant) {
-            let mut state = self.state.lock().unwrap();
-            if state.of.len() <= owner {
-                state.of.resize(owner + 1, None);
-                state.past.resize(owner + 1, None);
-            }
-            state.look_back(owner, at);
-            let known = state.of[owner];
-            if planted(Bug::TimerKeepsTheLater) {
-                state.of[owner] = Some(known.map_or(at, |known| known.max(at)));
-            } else {
-                state.of[owner] = Some(known.map_or(at, |known| known.min(at)));
-            }
-        }
-
-        pub(crate) fn stop(&self) {
-            self.state.lock().unwrap().stopped = true;
-        }
-
-        pub(crate) fn run(&self, _clock: Clock, alarms: &[Arc<dyn Alarm>]) {
-            loop {
-                let (due, next) = {
-                    let mut state = self.state.lock().unwrap();
-                    if state.stopped {
-                        return;
-                    }
-                    let now = kernel::instant();
-                    let due: Vec<usize> = (0..state.of.len())
-                        .filter(|owner| state.of[*owner].is_some_and(|at| at <= now))
-                        .collect();
-                    due.iter().for_each(|owner| state.of[*owner] = None);
-                    (due, state.of.iter().flatten().min().copied())
-                };
-                if due.is_empty() {
-                    let state = Arc::clone(&self.state);
-                    let changed = move || {
-                        let state = state.lock().unwrap();
-                        state.stopped || state.of.iter().flatten().min().copied() != next
-                    };
-                    let at = next.map(|at| kernel::with(|k| k.nanos(at)));
-                    kernel::pause(Wait::Deadline(at, Box::new(changed)));
-                }
-                if !due.is_empty() && kernel::with(|k| k.failing > 0.0 && k.chance(0.002)) {
-                    // What it has just taken in hand is forgotten.
-                    kernel::with(|k| {
-                        k.fault("timer panics");
-                        k.ck.timers += 1;
-                    });
-                    panic!("planned panic of the timer");
-                }
-                for owner in due {
-                    if !(planted(Bug::LostAlarm) && kernel::chance(0.02)) {
-                        alarms[owner].fire();
-                    }
-                    if kernel::chance(0.02) {
-                        kernel::with(|k| k.fault("late alarm"));
-                        // A late alarm of something long over.
-                        kernel::pause(Wait::Yield);
-                        alarms[owner].fire();
-                    }
-                }
-            }
+/// A thread may lose its turn before it has the lock, and with it.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    kernel::preempt();
+    loop {
+        match mutex.try_lock() {
+            Ok(guard) => return guard,
+            Err(TryLockError::Poisoned(error)) => return error.into_inner(),
+            Err(TryLockError::WouldBlock) => kernel::pause(Wait::Yield),
         }
     }
 }

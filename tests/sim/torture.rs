@@ -15,6 +15,7 @@ use crate::logic::overflow::Overflow;
 use crate::planted::Bug;
 use crate::scene::Scene;
 use crate::server::Rates;
+use crate::works::plan::Plan;
 use crate::world::{self, Broken};
 
 const MS: u64 = 1_000_000;
@@ -201,7 +202,7 @@ fn scenes() -> Vec<Scene> {
     let scene = scene(with_session.clone());
     let redundant = Setup { connections: 2, block: 8, dedup: Some(1_000_000), ..setup() };
     vec![
-        Scene { has_pipeline: true, ..scene.clone() },
+        Scene { plan: Some(Plan::plain()), ..scene.clone() },
         Scene { redundant: true, by_block: true, ..self::scene(redundant) },
         // Closed in the middle, with little time.
         Scene { closes: Some(9 * SECOND), cut: Some(6 * SECOND), ..scene.clone() },
@@ -221,7 +222,7 @@ fn scene(setup: Setup) -> Scene {
         rates: rates(),
         redundant: false,
         failing: 0.0,
-        has_pipeline: false,
+        plan: None,
         by_block: false,
         consume_every: 500 * MS,
         consume_most: 10,

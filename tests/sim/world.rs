@@ -13,20 +13,20 @@ use crate::error::ErrorKind;
 use crate::event::{EventKind, State};
 use crate::faults::{BOOK, Strike};
 use crate::handler::Outgoing;
-use crate::kernel::{self, Ev, with};
+use crate::kernel::{self, Ev, Kernel, with};
 use crate::logic::overflow::Overflow;
 use crate::logic::restart::Intensity;
 use crate::message::Message;
-use crate::pipeline::{Pipeline, Settled};
 use crate::planted::{self, Bug};
 use crate::scene::{self, Scene};
-use crate::server::{self, Feed, Servers};
+use crate::server::{self, Feed, Rates, Servers};
 use crate::simnet::{self, Life};
 use crate::threads::Spawner;
 use crate::threads::monitor::{Monitor, NOTICES};
 use crate::threads::queue::{MAX_HELD, NoMessage};
 use crate::threads::shared::Shared;
 use crate::torture;
+use crate::works;
 
 /// What was found in the crate, by what went wrong, and the worlds that find it
 /// again: a seed alone would mean another world as soon as one more thing is drawn.
@@ -53,6 +53,7 @@ pub(crate) struct Outcome {
     received: u64,
     reconnects: u64,
     outs: u64,
+    handled: u64,
     batches: u64,
     transitions: u64,
 }
@@ -60,7 +61,9 @@ pub(crate) struct Outcome {
 struct World {
     shared: Arc<Shared>,
     setup: Setup,
-    pipeline: Option<Pipeline>,
+    has_pipeline: bool,
+    /// It has ended, and the client is about to.
+    client_ends: bool,
     pushed: Vec<u64>,
     consume_every: u64,
     consume_most: u64,
@@ -78,7 +81,7 @@ struct World {
 pub(crate) fn main() -> i32 {
     std::panic::set_hook(Box::new(|info| {
         let text = info.to_string();
-        if !text.contains("planned") {
+        if !text.contains("planned") && !info.payload().is::<crate::threads::Kill>() {
             eprintln!("{text}");
         }
     }));
@@ -101,13 +104,14 @@ pub(crate) fn main() -> i32 {
     }
     for (name, tune) in REGRESSIONS {
         for seed in 1..=SEEDS_AGAIN {
-            let tuned = |k: &mut kernel::Kernel| {
-                let mut scene = Scene::drawn(k, minutes);
+            kernel::begin(seed, false);
+            let tuned = || {
+                let mut scene = with(|k| Scene::drawn(k, minutes));
+                scene.plan = None;
                 tune(&mut scene);
                 scene
             };
-            kernel::begin(seed, false);
-            if let Err((check, how)) = play(None, || with(tuned)) {
+            if let Err((check, how)) = play(None, tuned) {
                 println!("seed {seed} of it breaks {check}: {how}");
                 println!("test result: FAILED. 0 passed; 1 failed: {name}");
                 kernel::begin(0, false);
@@ -180,7 +184,7 @@ fn run(first: u64, seeds: u64, minutes: u64) -> u64 {
     println!(
         "{seeds} seeds of {minutes} virtual minutes in {:.1} s: {:.0} virtual hours, {} turns of \
          threads, {} faults injected, {} connections made, {} state changes, {} messages received \
-         and {} sent accounted for, {} batches",
+         and {} sent accounted for, {} handled by pipelines in {} batches",
         started.elapsed().as_secs_f64(),
         sum.virtual_nanos as f64 / 3.6e12,
         sum.steps,
@@ -189,6 +193,7 @@ fn run(first: u64, seeds: u64, minutes: u64) -> u64 {
         sum.transitions,
         sum.received,
         sum.outs,
+        sum.handled,
         sum.batches,
     );
     let tally = tally.into_inner().unwrap();
@@ -217,6 +222,7 @@ impl Outcome {
         self.received += other.received;
         self.reconnects += other.reconnects;
         self.outs += other.outs;
+        self.handled += other.handled;
         self.batches += other.batches;
         self.transitions += other.transitions;
     }
@@ -301,6 +307,7 @@ pub(crate) fn play(bug: Option<Bug>, scene: impl FnOnce() -> Scene) -> Result<Ou
         world.outcome()
     }));
     planted::plant(None);
+    works::let_go();
     if let Some(violation) = with(|k| k.violation.take()) {
         return Err(violation);
     }
@@ -334,6 +341,7 @@ impl World {
         let shared = Arc::new(scene::share(&setup, Spawner::new(notices)));
         let intensity = Intensity { restarts: setup.restarts, within: setup.within };
         let own = Arc::clone(&shared);
+        let (guard, ended) = bounded::<()>(0);
         let monitor = kernel::spawn("broadsock-monitor", move || {
             match Monitor::start(Arc::clone(&own), inbox, intensity) {
                 Ok(monitor) => monitor.run(),
@@ -345,15 +353,21 @@ impl World {
                 }),
             }
             own.end();
+            drop(guard);
         });
+        let has_pipeline = scene.plan.is_some();
+        if let Some(plan) = scene.plan.clone() {
+            works::start(plan, &shared, ended);
+        }
         let world = Self {
-            pipeline: scene.has_pipeline.then(Pipeline::new),
+            has_pipeline,
+            client_ends: false,
             pushed: vec![0; setup.connections],
             consume_every: scene.consume_every,
             consume_most: scene.consume_most,
             consume_healed: scene.consume_healed,
             stall: scene.stall,
-            by_block: scene.by_block && !scene.has_pipeline,
+            by_block: scene.by_block && !has_pipeline,
             end: scene.end,
             quiet: false,
             close_deadline: 0,
@@ -378,7 +392,9 @@ impl World {
                     k.at(at, Ev::Cut(conn));
                 }
             }
-            k.soon(0, Ev::Consume);
+            if scene.plan.is_none() {
+                k.soon(0, Ev::Consume);
+            }
             k.at(scene.end, Ev::Heal);
             k.at(scene.end + scene.settles.as_nanos() as u64, Ev::Quiet);
             if let Some(at) = scene.closes {
@@ -402,8 +418,11 @@ impl World {
             }
             if let Some(event) = kernel::due() {
                 if matches!(event, Ev::Finished) {
-                    self.finished();
-                    return;
+                    if self.is_over() {
+                        self.finished();
+                        return;
+                    }
+                    continue;
                 }
                 self.handle(event);
             } else if kernel::run_one() {
@@ -415,6 +434,7 @@ impl World {
                 return;
             }
             with(checks::sweep);
+            with(works::watch::sweep);
         }
     }
 
@@ -438,10 +458,10 @@ impl World {
             Ev::Redeliver(conn, n) => with(|k| server::redeliver(k, conn, n)),
             Ev::Flood(sock, left) => with(|k| server::flood(k, sock, left)),
             Ev::Consume => self.consume(),
-            Ev::PipelineTick(at) => {
-                // An older tick was brought forward: one chain of them is enough.
-                if self.pipeline.as_ref().is_some_and(|pipeline| pipeline.expects(at)) {
-                    self.pipeline_turn();
+            Ev::Meddle => works::meddle(),
+            Ev::StopPipeline => {
+                if with(|k| !k.wk.over && k.wk.stopping.is_none()) {
+                    works::stop(20 * SECOND);
                 }
             }
             Ev::Push(conn) => self.push(conn),
@@ -461,6 +481,9 @@ impl World {
                 let grace = with(|k| k.now) + SECOND + SLACK;
                 self.end_by(grace);
             }
+        }
+        if self.has_pipeline && self.close_deadline == 0 && with(|k| k.wk.over) {
+            self.end_by(with(|k| k.now));
         }
         let (ledger, dropped) = self.shared.queue.ledger();
         let taken = with(|k| k.ck.taken);
@@ -484,11 +507,13 @@ impl World {
         });
     }
 
-    /// What may wait for the consumer. Only who blocks holds blocks beside the queue.
+    /// What may wait for the consumer. Only who blocks holds blocks beside the queue;
+    /// a thread that ends hands them to it, room or not, and its successor holds as
+    /// many again.
     fn most_in_flight(&self) -> usize {
         let Setup { queue, connections, block, overflow, .. } = self.setup;
         match overflow {
-            Overflow::Block => queue + connections * block * (MAX_HELD + 1),
+            Overflow::Block => queue + connections * block * (2 * MAX_HELD + 1),
             _ => queue.max(block),
         }
     }
@@ -504,11 +529,6 @@ impl World {
         }
         let most = with(|k| k.range(1, self.consume_most + 1));
         for _ in 0..most {
-            if let Some(pipeline) = &self.pipeline
-                && pipeline.room() == 0
-            {
-                break;
-            }
             if self.by_block {
                 let Ok(block) = self.shared.queue.receiver().try_recv() else { break };
                 block.for_each(|message| self.take(message));
@@ -519,7 +539,6 @@ impl World {
                 Err(_) => break,
             }
         }
-        self.pipeline_turn();
         if !over {
             let wait = with(|k| {
                 let stalls = !k.sv.healed && k.chance(self.stall);
@@ -541,75 +560,19 @@ impl World {
         self.leaves.is_some_and(|at| with(|k| k.now) >= at)
     }
 
+    /// Takes a message, and has done with it or fails it.
     fn take(&mut self, message: Message) {
-        let meta = message.metadata();
-        let text = String::from_utf8_lossy(message.as_bytes()).into_owned();
-        let field = |name: &str| {
-            let rest = text.split(&format!("\"{name}\":")).nth(1)?;
-            rest.split(|c: char| !c.is_ascii_digit()).next()?.parse::<u64>().ok()
-        };
-        let (Some(id), Some(of)) = (field("id"), field("e")) else {
-            if !text.contains("skip") && text != "welcome" {
-                with(|k| k.broken("messages-whole", || text.clone()));
-            }
-            with(|k| {
-                k.ck.taken += 1;
-                checks::in_order(k, meta.connection, (meta.epoch, meta.sequence));
-            });
+        if !takes(&self.shared, &message, 0) {
             return;
-        };
-        let (ledger, _) = self.shared.queue.ledger();
-        let taken = checks::Taken {
-            conn: meta.connection,
-            epoch: meta.epoch,
-            sequence: meta.sequence,
-            id,
-            of,
-            received: with(|k| k.nanos(meta.received_at)),
-            accepted: ledger.accepted + ledger.dropped,
-            in_flight: ledger.in_flight + 1,
-        };
-        with(|k| checks::taken(k, &taken));
-        let conn = meta.connection;
-        match &mut self.pipeline {
-            Some(pipeline) => pipeline.accept(message, conn, id),
-            None => {
-                let fails = with(|k| !k.sv.healed && k.chance(0.01));
-                if fails {
-                    with(|k| k.fault("message fails"));
-                }
-                self.settled(if fails {
-                    Settled::Failed(message, conn, id)
-                } else {
-                    Settled::Done(message)
-                });
-            }
         }
-    }
-
-    fn pipeline_turn(&mut self) {
-        let Some(pipeline) = &mut self.pipeline else { return };
-        let ended = with(|k| k.ck.ended);
-        let settled = pipeline.turn(ended);
-        settled.into_iter().for_each(|one| self.settled(one));
-    }
-
-    fn settled(&mut self, settled: Settled) {
-        match settled {
-            Settled::Done(message) => {
-                if let Some(id) = message.id() {
-                    self.shared.queue.done(id);
-                }
-            }
-            Settled::Failed(message, conn, id) => {
-                let Some(hash) = message.id() else { return };
-                self.shared.queue.forget(hash);
-                with(|k| {
-                    checks::failed_message(k, id);
-                    let wait = k.range(0, 5 * SECOND);
-                    k.soon(wait, Ev::Redeliver(conn, id % 1_000_000_000));
-                });
-            }
+        let fails = with(|k| !k.sv.healed && k.chance(0.01));
+        let Some(id) = message.id() else { return };
+        if fails {
+            with(|k| k.fault("message fails"));
+            self.shared.queue.forget(id);
+            with(|k| failed(k, &message));
+        } else {
+            self.shared.queue.done(id);
         }
     }
 
@@ -641,8 +604,8 @@ impl World {
             server::heal(k);
             k.failing = 0.0;
         });
-        if let Some(pipeline) = &mut self.pipeline {
-            pipeline.heal();
+        if self.has_pipeline {
+            works::heal();
         }
         self.consume_every = self.consume_healed;
         self.consume_most = 200;
@@ -732,16 +695,57 @@ impl World {
             return;
         }
         let deadline = with(|k| k.pick(&[10, 100, 1000, 5000, 20_000]) * MS);
+        if !self.has_pipeline || with(|k| k.wk.over) {
+            self.close_client(deadline);
+        } else if with(|k| k.wk.stopping.is_none()) {
+            works::end(if with(|k| k.chance(0.1)) { 0 } else { deadline });
+        }
+        let end = with(|k| k.now) + deadline + 50 * MS;
+        self.end_by(end);
+    }
+
+    fn close_client(&mut self, deadline: u64) {
         let at = kernel::instant() + Duration::from_nanos(deadline);
         with(|k| {
             k.note(|| format!("the program closes within {} ms", deadline / MS));
-            k.ck.closing = Some(k.now + deadline);
+            k.ck.is_closed_by(k.now + deadline);
         });
         self.shared.connections.iter().for_each(|peer| peer.inbox.refuse());
         let early = (Duration::from_nanos(deadline) / 10).min(Duration::from_millis(20));
         self.shared.ask_to_close(at - early);
-        let end = with(|k| k.now) + deadline + 50 * MS;
-        self.end_by(end);
+    }
+
+    /// Whether everything had its time to end: a pipeline first, the client with
+    /// it or behind it.
+    fn is_over(&mut self) -> bool {
+        if !self.has_pipeline {
+            return true;
+        }
+        let now = with(|k| k.now);
+        if with(|k| !k.wk.over) {
+            match with(|k| k.wk.stopping) {
+                Some(by) if now > by + 2 * SECOND => {
+                    with(|k| k.broken("stop-in-time", || "it never comes back".to_owned()));
+                }
+                Some(_) => {}
+                None if with(|k| k.wk.is_ending()) => {
+                    with(|k| k.soon(20 * SECOND, Ev::StopPipeline));
+                }
+                None => works::stop(20 * SECOND),
+            }
+            with(|k| k.soon(SECOND, Ev::Finished));
+            return false;
+        }
+        if !self.client_ends {
+            self.client_ends = true;
+            if with(|k| k.ck.closing.is_none() && k.ck.failed.is_none()) {
+                self.close_client(5 * SECOND);
+            }
+            let closing = with(|k| k.ck.closing.unwrap_or(0).max(k.now));
+            with(|k| k.at(closing + SECOND + SLACK, Ev::Finished));
+            return false;
+        }
+        true
     }
 
     fn end_by(&mut self, at: u64) {
@@ -753,8 +757,14 @@ impl World {
 
     /// The client must be over by now.
     fn finished(&mut self) {
-        let (hung, mut alive) = (with(|k| k.hung.clone()), kernel::alive());
-        alive.retain(|name| !name.contains("dns") && !hung.contains(name));
+        let (mut hung, mut alive) = (with(|k| k.hung.clone()), kernel::alive());
+        // A pipeline's threads are judged with it, and the program's may be about.
+        let is_works = |name: &String| name == "program" || works::is_thread(name);
+        alive.retain(|name| !name.contains("dns") && !hung.contains(name) && !is_works(name));
+        hung.retain(|name| !is_works(name));
+        if self.has_pipeline {
+            works::finished();
+        }
         // A hook that sleeps can hold a thread past a short deadline: it is told.
         let told = self.shared.ending().stuck.clone();
         let hooks = with(|k| k.sv.rates.session > 0.0) && self.setup.sessions;
@@ -773,13 +783,8 @@ impl World {
         for _ in 0..5000 {
             let before = with(|k| k.ck.taken);
             self.consume();
-            if let Some(pipeline) = &mut self.pipeline {
-                with(|k| k.now += 100 * MS);
-                pipeline.heal();
-            }
-            let left = self.pipeline.as_ref().map_or(0, Pipeline::in_flight);
             let waiting = self.shared.queue.ledger().0.in_flight;
-            if with(|k| k.ck.taken) == before && left == 0 && waiting == 0 {
+            if with(|k| k.ck.taken) == before && waiting == 0 {
                 break;
             }
             if with(|k| k.violation.is_some()) {
@@ -788,12 +793,11 @@ impl World {
         }
         self.check();
         let (ledger, _) = self.shared.queue.ledger();
-        let left = self.pipeline.as_ref().map_or(0, Pipeline::in_flight);
         let next = self.shared.queue.try_recv().map(|message| message.metadata());
         let unread = if self.has_left() { 0 } else { ledger.in_flight };
         with(|k| {
-            if all_ended && (unread > 0 || left > 0) {
-                k.broken("ends-empty", || format!("{left} in the pipeline, {ledger}, {next:?}"));
+            if all_ended && unread > 0 {
+                k.broken("ends-empty", || format!("{ledger}, {next:?}"));
             }
             if all_ended {
                 let open = k.net.socks.iter().filter(|sock| sock.life != Life::Released).count();
@@ -807,9 +811,13 @@ impl World {
                 }
             }
         });
-        if all_ended {
+        // A close without time may leave them with threads that were just at it.
+        if all_ended && !with(|k| k.ck.in_haste) {
             self.account_for_outs();
             self.compare_counters();
+        }
+        if self.has_pipeline {
+            end_programs();
         }
     }
 
@@ -873,8 +881,65 @@ impl World {
             received: ledger.received,
             reconnects: k.ck.reconnects,
             outs: self.pushed.iter().sum(),
-            batches: self.pipeline.as_ref().map_or(0, |pipeline| pipeline.batched),
+            handled: k.wk.tries,
+            batches: k.wk.batches,
             transitions: k.ck.transitions,
         })
     }
+}
+
+/// Programs that still sleep come to their ends, and let go of what they have.
+fn end_programs() {
+    for _ in 0..1000 {
+        if !kernel::alive().iter().any(|name| name == "program") {
+            return;
+        }
+        if kernel::due().is_none() && !kernel::run_one() && !kernel::advance() {
+            return;
+        }
+    }
+}
+
+/// A consumer takes a message, and with it as many behind it; whether it is one
+/// of the feed's.
+pub(crate) fn takes(shared: &Shared, message: &Message, behind: usize) -> bool {
+    let meta = message.metadata();
+    let text = String::from_utf8_lossy(message.as_bytes());
+    let (Some(id), Some(of)) = (number(&text, "id"), number(&text, "e")) else {
+        if !text.contains("skip") && text != "welcome" {
+            with(|k| k.broken("messages-whole", || text.to_string()));
+        }
+        with(|k| {
+            k.ck.taken += 1;
+            checks::in_order(k, meta.connection, (meta.epoch, meta.sequence));
+        });
+        return false;
+    };
+    let (ledger, _) = shared.queue.ledger();
+    let taken = checks::Taken {
+        conn: meta.connection,
+        epoch: meta.epoch,
+        sequence: meta.sequence,
+        id,
+        of,
+        received: with(|k| k.nanos(meta.received_at)),
+        accepted: ledger.accepted + ledger.dropped,
+        in_flight: ledger.in_flight + 1 + behind as u64,
+    };
+    with(|k| checks::taken(k, &taken));
+    true
+}
+
+/// A message has failed for good: its server sends it again.
+pub(crate) fn failed(k: &mut Kernel, message: &Message) {
+    let text = String::from_utf8_lossy(message.as_bytes());
+    let Some(id) = number(&text, "id").filter(|_| message.id().is_some()) else { return };
+    checks::failed_message(k, id);
+    let wait = k.range(0, 5 * SECOND);
+    k.soon(wait, Ev::Redeliver(message.metadata().connection, id % 1_000_000_000));
+}
+
+fn number(text: &str, name: &str) -> Option<u64> {
+    let rest = text.split(&format!("\"{name}\":")).nth(1)?;
+    rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }

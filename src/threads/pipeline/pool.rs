@@ -44,6 +44,8 @@ pub(crate) struct Hand {
     /// Rows of the chunk below this one have an end, and are settled if it was
     /// success.
     settled: usize,
+    /// When the chunk's next row is due, if it was held for another try.
+    held_until: Option<Instant>,
     /// The batch that was begun.
     batch: Vec<Run>,
     stint: Option<Stint>,
@@ -149,6 +151,18 @@ impl Slot {
         let mut hand = lock(&self.hand);
         chunk.end(row, End::Gone);
         hand.failed.push((ticket, failure));
+    }
+
+    /// A row of the chunk has failed, and is begun again at `due`.
+    pub(crate) fn hold(&self, chunk: &Chunk, row: usize, due: Instant) {
+        let mut hand = lock(&self.hand);
+        chunk.hold(row);
+        hand.held_until = Some(due);
+    }
+
+    /// Until when a row of the chunk was held last.
+    pub(crate) fn held_until(&self) -> Option<Instant> {
+        lock(&self.hand).held_until
     }
 
     /// The batch has succeeded.

@@ -27,9 +27,15 @@ const MOST_UNTIMED: usize = 16;
 /// The thread's body. `index` chooses its lane.
 pub(crate) fn run<H: Handler>(flow: &Arc<Flow<H>>, slot: &Slot) {
     let lane = slot.index % flow.lanes.len();
+    // A thread before this one may have died while it held a message.
+    if let Some(due) = slot.held_until() {
+        wait_until(flow, lane, due);
+    }
     loop {
         // The first time, what a thread before this one has left.
-        if let Some(chunk) = slot.chunk() {
+        if let Some(chunk) = slot.chunk()
+            && chunk.begun() < chunk.len()
+        {
             work_through(flow, slot, lane, &chunk);
         }
         flow.settle_hand(slot);
@@ -258,7 +264,7 @@ impl<'a, H: Handler> Stint<'a, H> {
             return None;
         };
         if self.flow.policy.retry.hold {
-            self.chunk.hold(row);
+            self.slot.hold(self.chunk, row, due);
             return Some(due);
         }
         self.flow.retry_at(due, ticket, false);

@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use super::Flow;
 use super::chunk::{Member, Run};
 use super::pool::Slot;
 use super::register::Claim;
 use super::stats::PipelineEvent;
-use super::{Flow, lock};
 use crate::threads::Killed;
 use crate::work::{Failed, Failure, Handler, Settler, Succeeded, Ticket};
 
@@ -56,7 +56,7 @@ impl<H: Handler> Flow<H> {
     /// Leaves out what somebody else settles or has settled.
     fn claim(&self, succeeded: Vec<Run>, failed: Vec<(Ticket, Failure)>) -> Claimed {
         let mut claimed = Claimed::default();
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         for mut run in succeeded {
             let early = state.register.claim_run(&mut run);
             if !early.is_empty() {
@@ -99,7 +99,7 @@ impl<H: Handler> Flow<H> {
 
     /// Acknowledges one message as a success before its batch, unless it was.
     pub(crate) fn acknowledge_early(&self, ticket: &Ticket) {
-        let first = lock(&self.state).register.acknowledge(ticket);
+        let first = self.state.lock().register.acknowledge(ticket);
         if first {
             let mut killed = Killed::default();
             let message = ticket.message().clone();
@@ -111,7 +111,7 @@ impl<H: Handler> Flow<H> {
     }
 
     pub(crate) fn is_acknowledged(&self, ticket: &Ticket) -> bool {
-        lock(&self.state).register.is_acknowledged(ticket)
+        self.state.lock().register.is_acknowledged(ticket)
     }
 
     fn acknowledge(&self, source: usize, good: &[Succeeded], bad: &[Failed], killed: &mut Killed) {
@@ -196,14 +196,14 @@ impl<H: Handler> Flow<H> {
     }
 
     fn enter_in_ledger(&self, good: &[Run], bad: &[Run]) {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         good.iter().for_each(|run| state.register.settle(run, true));
         bad.iter().for_each(|run| state.register.settle(run, false));
         let empty = state.is_settled_at_the_end();
         let wake = self.is_room_worth_a_wake(&state);
         drop(state);
         if wake {
-            self.changed.notify_all();
+            self.state.notify_all();
         }
         if empty {
             self.tell_supervisor();

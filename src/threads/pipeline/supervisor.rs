@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
@@ -14,7 +13,7 @@ use super::{Flow, Phase, batcher, processor, source};
 use crate::error::{Error, ErrorKind};
 use crate::logic::restart::{Intensity, Restarts};
 use crate::threads::monitor::{MonitorAlarm, Notice};
-use crate::threads::panic_message;
+use crate::threads::{JoinHandle, panic_message, receive};
 use crate::work::{Failure, FailureKind, Handler, Source};
 
 /// How long threads may take to end after all is settled, without a deadline.
@@ -187,7 +186,7 @@ impl<H: Handler> Supervisor<H> {
                 break;
             }
             self.arm(now);
-            let Ok(notice) = self.notices.recv() else { break };
+            let Ok(notice) = receive(&self.notices) else { break };
             match notice {
                 Notice::Ended(child) => self.ended(child),
                 // Whoever posts these has put what to look at into the flow.

@@ -20,6 +20,9 @@ pub(crate) fn retry_delay(
         let retry = Retry { error: &plain, ..*retry };
         return real::retry_delay(backoff, &retry, cap, random);
     }
+    if planted(Bug::RetriedAtOnce) && matches!(retry.error.kind(), ErrorKind::Handler) {
+        return Duration::ZERO;
+    }
     let delay = real::retry_delay(backoff, retry, cap, random);
     if planted(Bug::BackOffBeyondItsCap) && retry.attempt > 5 { delay * 3 } else { delay }
 }
