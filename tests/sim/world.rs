@@ -904,8 +904,9 @@ fn end_programs() {
 /// of the feed's.
 pub(crate) fn takes(shared: &Shared, message: &Message, behind: usize) -> bool {
     let meta = message.metadata();
-    let text = String::from_utf8_lossy(message.as_bytes());
-    let (Some(id), Some(of)) = (number(&text, "id"), number(&text, "e")) else {
+    let text = message.as_bytes();
+    let (Some(id), Some(of)) = (number(text, b"\"id\":"), number(text, b"\"e\":")) else {
+        let text = String::from_utf8_lossy(text);
         if !text.contains("skip") && text != "welcome" {
             with(|k| k.broken("messages-whole", || text.to_string()));
         }
@@ -932,14 +933,19 @@ pub(crate) fn takes(shared: &Shared, message: &Message, behind: usize) -> bool {
 
 /// A message has failed for good: its server sends it again.
 pub(crate) fn failed(k: &mut Kernel, message: &Message) {
-    let text = String::from_utf8_lossy(message.as_bytes());
-    let Some(id) = number(&text, "id").filter(|_| message.id().is_some()) else { return };
+    let Some(id) = number(message.as_bytes(), b"\"id\":").filter(|_| message.id().is_some()) else {
+        return;
+    };
     checks::failed_message(k, id);
     let wait = k.range(0, 5 * SECOND);
     k.soon(wait, Ev::Redeliver(message.metadata().connection, id % 1_000_000_000));
 }
 
-fn number(text: &str, name: &str) -> Option<u64> {
-    let rest = text.split(&format!("\"{name}\":")).nth(1)?;
-    rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+/// The number behind `name`, which brings its quotes and its colon.
+fn number(text: &[u8], name: &[u8]) -> Option<u64> {
+    let at = text.windows(name.len()).position(|bytes| bytes == name)? + name.len();
+    let digits = text[at..].iter().take_while(|byte| byte.is_ascii_digit());
+    digits.fold(None, |number, digit| {
+        number.unwrap_or(0_u64).checked_mul(10)?.checked_add(u64::from(digit - b'0'))
+    })
 }
