@@ -170,10 +170,9 @@ impl Word {
         // All bits or none, and no branch: so it becomes vector instructions.
         let mask = |is: bool| 0_u8.wrapping_sub(u8::from(is));
         let mut wrong = 0;
-        for at in 0..WORD {
-            let byte = bytes[at];
+        for (at, byte) in bytes.iter().enumerate() {
             let changed = (byte ^ self.bytes[at]) & self.fixed[at];
-            let ends = mask((byte == b'"') | (byte == b'\\')) & self.text[at];
+            let ends = mask((*byte == b'"') | (*byte == b'\\')) & self.text[at];
             let differs = mask(byte.wrapping_sub(b'0') > 9) & self.digits[at];
             wrong |= changed | ends | differs;
         }

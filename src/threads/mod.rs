@@ -21,7 +21,9 @@ use crossbeam_channel::{Receiver, RecvError, Sender};
 
 use crate::error::{Error, ErrorKind};
 use crate::metrics::Counter;
-pub(crate) use contain::{Kill, Killed, contained, contained_user, panic_message, panic_text};
+#[cfg(feature = "testing")]
+pub(crate) use contain::Kill;
+pub(crate) use contain::{Killed, contained, contained_user, panic_message, panic_text};
 use monitor::Notice;
 
 /// Room for user hooks in a debug build and for long certificate chains; it is
