@@ -614,6 +614,11 @@ impl World {
     /// Everything has had the time to be well again.
     fn converged(&mut self) {
         if with(|k| k.ck.closing.is_some() || k.ck.failed.is_some()) {
+            // A pipeline whose client closed early may wait for a handler that
+            // never returns: somebody has to end it.
+            if self.has_pipeline {
+                self.end_by(with(|k| k.now) + SECOND);
+            }
             return;
         }
         let struck = with(|k| k.struck_at);
@@ -623,7 +628,8 @@ impl World {
         }
         if !self.quiet {
             self.quiet = true;
-            let gone = self.has_left();
+            // A handler that never returns may take all of the room with it.
+            let gone = self.has_left() || with(|k| !k.hung.is_empty());
             with(|k| {
                 k.sv.conns.iter_mut().for_each(|feed| feed.ended = true);
                 // A redelivery that was lost with its socket is made again.
