@@ -32,8 +32,9 @@ pub(crate) enum Notice {
     Ended(usize),
     /// A DNS look-up that its connection could not wait for.
     Adopt { name: String, handle: JoinHandle<()> },
-    /// A deadline asked of the timer came, or a close was asked for. Any other
-    /// notice makes the monitor look at both as well.
+    /// A deadline asked of the timer came, a close was asked for, or the queue has
+    /// room for a connection without a thread. Any other notice makes the monitor
+    /// look at all of that as well.
     Tick,
 }
 
@@ -125,6 +126,7 @@ impl Monitor {
                 Notice::Tick => {}
             }
             self.hear_close();
+            self.offer_left();
             self.restart_due();
         }
         self.finish();
@@ -174,7 +176,17 @@ impl Monitor {
             ThreadEnd::GaveUp(error) => self.fail(index, error, "without a restart".to_owned()),
         }
         if self.closing.is_some() {
+            self.shared.release_left(index);
             self.settle(index);
+        }
+    }
+
+    /// Connections that wait for their next thread may hold what consumers wait for.
+    fn offer_left(&self) {
+        for (index, child) in self.children.iter().enumerate() {
+            if child.restart_at.is_some() {
+                self.shared.offer_left(index);
+            }
         }
     }
 
@@ -279,6 +291,7 @@ impl Monitor {
         for index in 0..self.children.len() {
             self.children[index].restart_at = None;
             if self.children[index].handle.is_none() {
+                self.shared.release_left(index);
                 self.settle(index);
             }
             self.shared.connections[index].inbox.post(|signals| signals.close = Some(deadline));
@@ -298,7 +311,7 @@ impl Monitor {
     /// Ends what is left: consumers first, then the timer; names what hangs.
     fn finish(mut self) {
         let unsent = self.close_outboxes();
-        self.shared.queue.close();
+        self.shared.close_queue();
         let stuck = self.stuck();
         self.shared.timer.stop();
         if let Some(timer) = self.timer.take() {

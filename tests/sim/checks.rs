@@ -365,9 +365,6 @@ fn loss(
         if curable && !used_up {
             k.broken("recoverable-is-retried", || format!("conn {index}: {}", error.chain()));
         }
-        // Whatever a thread holds is let go at its end.
-        k.ck.conns[index].blocked = false;
-        k.ck.conns[index].unblocked = at;
         k.ck.conns[index].ends.push_back(at);
         return;
     };

@@ -12,13 +12,13 @@ use crate::message::{Block, BlockBuilder};
 use crate::metrics::DropReason;
 use crate::threads::connection::guest::{Gather, Guest, Outcome};
 use crate::threads::connection::ids::Ids;
-use crate::threads::queue::{MAX_HELD, Offer};
+use crate::threads::queue::Offer;
 
 impl Epoch<'_> {
     /// A session that opens is read for even if an earlier epoch left the queue
     /// full: what it waits for may be next.
     pub(super) fn can_read(&self) -> bool {
-        let opens = self.opening.is_some() && self.connection.held.len() < MAX_HELD;
+        let opens = self.opening.is_some() && !self.connection.held.is_full();
         self.more && (!self.blocked || opens) && !self.is_quiet()
     }
 
@@ -250,13 +250,13 @@ impl Epoch<'_> {
     /// what a session emits without end while it is not read for, is shed.
     pub(super) fn hold(&mut self, block: Block, now: Instant) {
         let leaves = matches!(self.leaving, Leaving::Sent { .. });
-        if leaves || self.connection.held.len() >= MAX_HELD {
+        if leaves || self.connection.held.is_full() {
             let reason = if leaves { DropReason::Closed } else { DropReason::Newest };
             let shed = self.connection.shared.queue.turn_away(block, reason);
             self.connection.tell_shed(shed, reason);
             return;
         }
-        self.connection.held.push_back(block);
+        self.connection.held.push(block);
         if !self.blocked {
             self.blocked = true;
             self.live.pause(now);
