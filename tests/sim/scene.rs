@@ -203,6 +203,7 @@ pub(crate) fn draw_rates(k: &mut Kernel, setup: &Setup) -> Rates {
         tls: some(k, 0.05),
         hook: some(k, 0.1),
         session: some(k, 0.02),
+        panic: if k.chance(0.1) { 0.001 } else { 0.0 },
         mishap: Duration::from_secs(k.pick(&[15, 60, 200, 900])),
         fatal: if k.chance(0.4) { 0.1 } else { 0.0 },
         duplicate: some(k, 0.2),

@@ -492,7 +492,7 @@ impl World {
         }
         let (ledger, dropped) = self.shared.queue.ledger();
         let taken = with(|k| k.ck.taken);
-        let read: u64 = self.shared.connections.iter().map(|c| c.metrics.messages.get()).sum();
+        let read = self.read();
         let limit = self.most_in_flight();
         with(|k| {
             if !ledger.balanced() {
@@ -514,6 +514,11 @@ impl World {
                 k.broken("nothing-shed-too-late-while-it-lives", || ledger.to_string());
             }
         });
+    }
+
+    /// Messages that were read, as the client counts them.
+    fn read(&self) -> u64 {
+        self.shared.connections.iter().map(|peer| peer.metrics.messages.get()).sum()
     }
 
     /// What may wait for the consumer. Only who blocks holds blocks beside the queue,
@@ -898,7 +903,7 @@ impl World {
             for (index, peer) in self.shared.connections.iter().enumerate() {
                 checks::counters(k, index, &peer.metrics);
             }
-            checks::totals(k, &ledger, self.shared.restarts.get());
+            checks::totals(k, &ledger, self.read(), self.shared.restarts.get());
         });
     }
 
