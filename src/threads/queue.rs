@@ -352,6 +352,9 @@ impl Queue {
 }
 
 impl Gate {
+    /// Apart from what is done for each message.
+    #[cold]
+    #[inline(never)]
     fn wake(&self) {
         // Each is told, whoever listens.
         let deaf = self.readers.iter().filter(|inbox| !inbox.post_room()).count();
