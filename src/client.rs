@@ -18,8 +18,9 @@ use crate::metrics::{ConnectionMetrics, Counter, Report, Snapshot};
 use crate::sender::Sender;
 use crate::threads::Spawner;
 use crate::threads::events::Hub;
+use crate::threads::held::Estate;
 use crate::threads::inbox::Inbox;
-use crate::threads::monitor::{Monitor, NOTICES};
+use crate::threads::monitor::{Monitor, MonitorAlarm, NOTICES};
 use crate::threads::queue::{NoMessage, Queue};
 use crate::threads::shared::{Peer, Shared, States};
 use crate::threads::timer::Timer;
@@ -345,14 +346,15 @@ impl ClientBuilder {
 fn share(config: Config, spawner: Spawner) -> Shared {
     let inboxes: Vec<Arc<Inbox>> =
         config.endpoints.iter().map(|_| Arc::new(Inbox::new(config.outbox))).collect();
-    let queue = Queue::new(config.queue, config.dedup, inboxes.clone());
+    let monitor = MonitorAlarm(spawner.monitor.clone());
+    let queue = Queue::new(config.queue, config.dedup, inboxes.clone(), monitor);
     let peers = config.endpoints.into_iter().zip(inboxes);
     let connections: Vec<Peer> = peers
         .map(|(endpoint, inbox)| Peer {
             endpoint,
             inbox,
             metrics: ConnectionMetrics::default(),
-            resume: Mutex::default(),
+            estate: Estate::default(),
         })
         .collect();
     Shared {

@@ -86,6 +86,18 @@ pub enum DropReason {
     Closed,
 }
 
+impl DropReason {
+    /// As events tell it.
+    pub(crate) fn phrase(self) -> &'static str {
+        match self {
+            DropReason::Oldest => "queue full, oldest dropped",
+            DropReason::Newest => "queue full, newest dropped",
+            DropReason::Disconnect => "queue full, disconnecting",
+            DropReason::Closed => "the client has closed",
+        }
+    }
+}
+
 /// Everything a client counts, at one instant.
 #[derive(Debug, Clone)]
 #[non_exhaustive]

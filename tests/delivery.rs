@@ -10,10 +10,11 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use broadsock::crossbeam_channel::{RecvTimeoutError, TryRecvError, after, select};
-use broadsock::testing::{Feed, Server};
+use broadsock::crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError, after, select};
+use broadsock::testing::{Feed, Script, Server};
 use broadsock::{
-    BoxError, Client, ClientBuilder, Data, Dedup, ErrorKind, Link, Overflow, Processing, Session,
+    BoxError, Client, ClientBuilder, Data, Dedup, ErrorKind, Event, EventKind, Intensity, Link,
+    Overflow, Processing, Recovery, Session,
 };
 use support::*;
 
@@ -498,6 +499,104 @@ mod overflow {
         let ledger = audit(&client).ledger;
         assert_eq!((ledger.delivered, ledger.dropped), (0, 0), "{ledger}");
         close(&client);
+    }
+
+    /// A queue of as many messages has blocks of one.
+    const SMALL: u64 = 8;
+    /// What a connection holds beside it.
+    const HELD: u64 = 16;
+
+    /// Never ready before its welcome, and says when a thread can hold no more.
+    struct Patient;
+
+    impl Session for Patient {
+        fn on_open(&mut self, link: &mut Link<'_>) -> Result<(), BoxError> {
+            link.hold();
+            Ok(())
+        }
+
+        fn on_message(&mut self, data: Data<'_>, link: &mut Link<'_>) -> Result<(), BoxError> {
+            match data {
+                Data::Text("welcome") => link.ready(),
+                _ => link.emit(data),
+            }
+            if data.as_bytes() == json(SMALL + HELD - 1).as_bytes() {
+                link.send("full");
+            }
+            Ok(())
+        }
+    }
+
+    /// A client that takes every error for unrecoverable, and whose connection finds
+    /// out that its server is gone although it reads nothing.
+    fn short_lived(server: &Server) -> ClientBuilder {
+        let builder = builder(server).queue(SMALL as usize).session(|| Patient);
+        let builder = builder.classify(|_, _| Recovery::Unrecoverable);
+        builder.ping_interval(ms(10)).pong_timeout(LONG)
+    }
+
+    /// Fills the queue and what a thread may hold, and cuts.
+    fn fills() -> Script {
+        up().numbers(0..SMALL + HELD).expect("full").cut()
+    }
+
+    fn wait_restarting(events: &Receiver<Event>) {
+        find(events, |event| matches!(event.kind, EventKind::Restarting { .. }).then_some(()));
+    }
+
+    #[test]
+    fn the_second_of_two_unrecoverable_errors_shed_what_nobody_had_taken() {
+        let full = SMALL + HELD;
+        let more = up().numbers(full..full + HELD).pause(ms(200)).cut();
+        let server = serve([fills(), more, up().numbers(100..110).send("welcome")]);
+        let client = start(short_lived(&server));
+        let events = client.events();
+        wait_restarting(&events);
+        wait_restarting(&events);
+        let mut got = Vec::new();
+        while got.last() != Some(&109) {
+            got.push(number(&next(&client)));
+        }
+        assert_eq!(got, (0..full).chain(100..110).collect::<Vec<_>>());
+        let metrics = close(&client).metrics;
+        assert_eq!((metrics.ledger.dropped, metrics.ledger.in_flight), (0, 0), "{metrics:?}");
+        assert_eq!(metrics.restarts, 2);
+    }
+
+    #[test]
+    fn what_an_ended_thread_held_is_there_for_a_consumer_before_the_next_one_is() {
+        let server = serve([fills(), Script::new().status(401, [])]);
+        let restarts = Intensity { restarts: 10, within: LONG };
+        let client = start(short_lived(&server).restart_intensity(restarts));
+        let events = client.events();
+        // The fourth restart is two seconds away.
+        (0..4).for_each(|_| wait_restarting(&events));
+        let got = numbers(&client, (SMALL + HELD) as usize);
+        assert_eq!(got, (0..SMALL + HELD).collect::<Vec<_>>());
+        assert_eq!(client.metrics().restarts, 3, "the next thread had to come first");
+        wait_blocked(&events, false);
+        let ledger = close(&client).metrics.ledger;
+        assert_eq!((ledger.dropped, ledger.in_flight), (0, 0), "{ledger}");
+    }
+
+    #[test]
+    fn what_an_ended_thread_held_stays_readable_when_no_other_follows() {
+        let all: Vec<u64> = (0..SMALL + HELD).collect();
+        let taken = |client: &Client| -> Vec<u64> { client.iter().map(|m| number(&m)).collect() };
+        // It fails for good.
+        let server = serve([fills()]);
+        let never = Intensity { restarts: 0, within: LONG };
+        let client = start(short_lived(&server).restart_intensity(never));
+        assert_eq!(taken(&client), all);
+        assert!(client.error().is_some());
+        assert_eq!(audit(&client).ledger.dropped, 0);
+        // It is closed before the next thread starts, or just then.
+        let server = serve([fills()]);
+        let client = start(short_lived(&server));
+        wait_restarting(&client.events());
+        assert_eq!(close(&client).metrics.ledger.in_flight, SMALL + HELD);
+        assert_eq!(taken(&client), all);
+        assert_eq!(audit(&client).ledger.dropped, 0);
     }
 }
 

@@ -110,6 +110,13 @@ impl Inbox {
         wake(state);
     }
 
+    /// Tells of room in the queue; `false` if no thread listens.
+    pub(crate) fn post_room(&self) -> bool {
+        let mut state = self.lock();
+        state.signals.room = true;
+        wake(state)
+    }
+
     /// Takes the signals.
     pub(crate) fn signals(&self) -> Signals {
         std::mem::take(&mut self.lock().signals)
@@ -240,11 +247,12 @@ impl Alarm for Inbox {
     }
 }
 
-/// Wakes the thread after the lock is let go.
-fn wake(state: MutexGuard<'_, State>) {
+/// Wakes the thread after the lock is let go; `false` if there is none.
+fn wake(state: MutexGuard<'_, State>) -> bool {
     let waker = state.waker.clone();
     drop(state);
-    if let Some(waker) = waker {
+    if let Some(waker) = &waker {
         waker.wake();
     }
+    waker.is_some()
 }

@@ -4,6 +4,7 @@ pub(crate) mod connection;
 mod consume;
 mod contain;
 pub(crate) mod events;
+pub(crate) mod held;
 pub(crate) mod inbox;
 pub(crate) mod monitor;
 pub(crate) mod pipeline;

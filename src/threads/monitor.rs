@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::{Receiver, RecvError, RecvTimeoutError, Sender};
 
 use super::connection::{Connection, ThreadEnd};
 use super::shared::Shared;
@@ -32,8 +32,9 @@ pub(crate) enum Notice {
     Ended(usize),
     /// A DNS look-up that its connection could not wait for.
     Adopt { name: String, handle: JoinHandle<()> },
-    /// A deadline asked of the timer came, or a close was asked for. Any other
-    /// notice makes the monitor look at both as well.
+    /// A deadline asked of the timer came, a close was asked for, or the queue has
+    /// room for a connection without a thread. Any other notice makes the monitor
+    /// look at all of that as well.
     Tick,
 }
 
@@ -117,7 +118,7 @@ impl Monitor {
     pub(crate) fn run(mut self) {
         while !self.is_done() {
             self.arm();
-            let Ok(notice) = receive(&self.notices) else { break };
+            let Ok(notice) = self.next(self.closing) else { break };
             match notice {
                 Notice::Ended(child) if child < self.children.len() => self.ended(child),
                 Notice::Ended(child) => self.other_ended(child),
@@ -125,9 +126,22 @@ impl Monitor {
                 Notice::Tick => {}
             }
             self.hear_close();
+            self.offer_left();
             self.restart_due();
         }
         self.finish();
+    }
+
+    /// The next notice. The timer wakes the monitor when it is time for something;
+    /// where it could not be started again, the monitor looks at `until` itself.
+    fn next(&self, until: Option<Instant>) -> Result<Notice, RecvError> {
+        let Some(until) = until.filter(|_| self.timer.is_none()) else {
+            return receive(&self.notices);
+        };
+        match self.notices.recv_deadline(until) {
+            Err(RecvTimeoutError::Timeout) => Ok(Notice::Tick),
+            received => received.map_err(|_| RecvError),
+        }
     }
 
     fn is_done(&self) -> bool {
@@ -174,7 +188,17 @@ impl Monitor {
             ThreadEnd::GaveUp(error) => self.fail(index, error, "without a restart".to_owned()),
         }
         if self.closing.is_some() {
+            self.shared.release_left(index);
             self.settle(index);
+        }
+    }
+
+    /// Connections that wait for their next thread may hold what consumers wait for.
+    fn offer_left(&self) {
+        for (index, child) in self.children.iter().enumerate() {
+            if child.restart_at.is_some() {
+                self.shared.offer_left(index);
+            }
         }
     }
 
@@ -248,7 +272,10 @@ impl Monitor {
                     peer.inbox.post(|signals| signals.rearm = true);
                 }
             }
-            Err(error) => self.fail(0, error, phrase),
+            Err(error) => {
+                self.fail(0, error, phrase);
+                self.hurry();
+            }
         }
     }
 
@@ -262,6 +289,15 @@ impl Monitor {
         }
         let deadline = self.shared.clock.now() + FAILURE_GRACE;
         self.begin_close(deadline);
+    }
+
+    /// Without a timer nothing would wake a connection that waits for its server's
+    /// part of the close: it shall not wait.
+    fn hurry(&self) {
+        let now = self.shared.clock.now();
+        for peer in &self.shared.connections {
+            peer.inbox.post(|signals| signals.close = Some(now));
+        }
     }
 
     fn hear_close(&mut self) {
@@ -279,6 +315,7 @@ impl Monitor {
         for index in 0..self.children.len() {
             self.children[index].restart_at = None;
             if self.children[index].handle.is_none() {
+                self.shared.release_left(index);
                 self.settle(index);
             }
             self.shared.connections[index].inbox.post(|signals| signals.close = Some(deadline));
@@ -298,7 +335,7 @@ impl Monitor {
     /// Ends what is left: consumers first, then the timer; names what hangs.
     fn finish(mut self) {
         let unsent = self.close_outboxes();
-        self.shared.queue.close();
+        self.shared.close_queue();
         let stuck = self.stuck();
         self.shared.timer.stop();
         if let Some(timer) = self.timer.take() {
@@ -338,7 +375,7 @@ impl Monitor {
         let give_up = self.closing.map_or(give_up, |deadline| deadline.min(give_up));
         while !self.lookups.is_empty() && self.shared.clock.now() < give_up {
             self.shared.timer.arm(self.children.len(), give_up);
-            match receive(&self.notices) {
+            match self.next(Some(give_up)) {
                 Ok(Notice::Adopt { name, handle }) => self.lookups.push((name, handle)),
                 Ok(Notice::Ended(child)) if child < self.children.len() => self.ended(child),
                 Ok(Notice::Ended(child)) => self.other_ended(child),

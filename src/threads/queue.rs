@@ -9,7 +9,10 @@ use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
+use super::held::MAX_HELD;
 use super::inbox::Inbox;
+use super::monitor::MonitorAlarm;
+use super::timer::Alarm;
 use crate::logic::dedup::{Dedup, Processing};
 use crate::logic::ledger::Books;
 use crate::logic::overflow::{Decision, Overflow, Room, decide};
@@ -66,6 +69,8 @@ struct Gate {
     wake_at: AtomicU64,
     waits_for_bytes: AtomicBool,
     readers: Vec<Arc<Inbox>>,
+    /// Stands in for a connection that has no thread at the moment.
+    monitor: MonitorAlarm,
 }
 
 /// What became of a block that was offered.
@@ -90,11 +95,13 @@ pub(crate) enum NoMessage {
 
 const NOBODY: u64 = u64::MAX;
 
-/// Blocks that one connection holds back while there is no room.
-pub(crate) const MAX_HELD: usize = 16;
-
 impl Queue {
-    pub(crate) fn new(policy: QueuePolicy, dedup: Option<Dedup>, readers: Vec<Arc<Inbox>>) -> Self {
+    pub(crate) fn new(
+        policy: QueuePolicy,
+        dedup: Option<Dedup>,
+        readers: Vec<Arc<Inbox>>,
+        monitor: MonitorAlarm,
+    ) -> Self {
         // No queued block is empty, so `messages` slots hold whatever the limit
         // admits; the others are room for what each connection holds when the
         // client closes.
@@ -105,6 +112,7 @@ impl Queue {
             wake_at: AtomicU64::new(NOBODY),
             waits_for_bytes: AtomicBool::new(false),
             readers,
+            monitor,
         };
         Self {
             policy,
@@ -166,10 +174,10 @@ impl Queue {
         self.admit(&mut self.intake(), block)
     }
 
-    /// Queues a held block of a client that closes, room or not.
-    pub(crate) fn offer_last(&self, block: Block) -> Offer {
-        let mut intake = self.intake();
-        self.push(&mut intake, block)
+    /// Queues a held block of a client that closes, room or not; how many of its
+    /// messages came too late for that.
+    pub(crate) fn offer_last(&self, block: Block) -> usize {
+        self.push(&mut self.intake(), block)
     }
 
     /// Sheds a block that is not even held.
@@ -180,21 +188,21 @@ impl Queue {
     fn admit(&self, intake: &mut Intake, mut block: Block) -> Offer {
         let bytes = block.bytes();
         match decide(self.policy.overflow, self.room(intake), block.len(), bytes) {
-            Decision::Push => self.push(intake, block),
+            Decision::Push => pushed(self.push(intake, block)),
             Decision::Hold => self.hold(intake, block),
             Decision::DropOldest { messages, bytes } => {
                 let shed = self.drop_oldest(intake, messages, bytes);
                 match self.push(intake, block) {
-                    Offer::Done { shed: 0, .. } => Offer::Done { shed, reason: DropReason::Oldest },
-                    closed => closed,
+                    0 => Offer::Done { shed, reason: DropReason::Oldest },
+                    late => pushed(late),
                 }
             }
             Decision::Split { keep } => {
                 let rest = block.split_off(keep);
                 let shed = shed(intake, rest, DropReason::Newest);
                 match self.push(intake, block) {
-                    Offer::Done { shed: 0, .. } => Offer::Done { shed, reason: DropReason::Newest },
-                    closed => closed,
+                    0 => Offer::Done { shed, reason: DropReason::Newest },
+                    late => pushed(late),
                 }
             }
             Decision::Disconnect { keep } => {
@@ -218,27 +226,27 @@ impl Queue {
         self.gate.waits_for_bytes.store(true, SeqCst);
         let now = self.room(intake);
         match decide(self.policy.overflow, now, block.len(), block.bytes()) {
-            Decision::Push => self.push(intake, block),
+            Decision::Push => pushed(self.push(intake, block)),
             _ => Offer::Held(block),
         }
     }
 
-    fn push(&self, intake: &mut Intake, block: Block) -> Offer {
+    /// Queues a block, or sheds it if it comes too late; how many messages it shed.
+    fn push(&self, intake: &mut Intake, block: Block) -> usize {
         let (len, bytes) = (block.len(), block.bytes());
-        let nothing_shed = Offer::Done { shed: 0, reason: DropReason::Closed };
         if len == 0 {
-            return nothing_shed;
+            return 0;
         }
         let sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(sender) = sender.as_ref() else { return too_late(intake, block) };
+        let Some(sender) = sender.as_ref() else { return shed(intake, block, DropReason::Closed) };
         // A block that enters the queue counts as delivered when it is dropped.
         match sender.try_send(block.with_account(self.gate.clone())) {
             Ok(()) => {
                 intake.pushed += len as u64;
                 intake.pushed_bytes += bytes as u64;
-                nothing_shed
+                0
             }
-            Err(error) => too_late(intake, error.into_inner().without_account()),
+            Err(error) => shed(intake, error.into_inner().without_account(), DropReason::Closed),
         }
     }
 
@@ -344,8 +352,15 @@ impl Queue {
 }
 
 impl Gate {
+    /// Apart from what is done for each message.
+    #[cold]
+    #[inline(never)]
     fn wake(&self) {
-        self.readers.iter().for_each(|inbox| inbox.post(|signals| signals.room = true));
+        // Each is told, whoever listens.
+        let deaf = self.readers.iter().filter(|inbox| !inbox.post_room()).count();
+        if deaf > 0 {
+            self.monitor.fire();
+        }
     }
 }
 
@@ -380,9 +395,9 @@ fn shed(intake: &mut Intake, block: Block, reason: DropReason) -> usize {
     count
 }
 
-/// Sheds a block that comes too late.
-fn too_late(intake: &mut Intake, block: Block) -> Offer {
-    Offer::Done { shed: shed(intake, block, DropReason::Closed), reason: DropReason::Closed }
+/// What became of a block that was pushed: `late` of its messages came too late.
+fn pushed(late: usize) -> Offer {
+    Offer::Done { shed: late, reason: DropReason::Closed }
 }
 
 fn forget(intake: &mut Intake, block: &Block) {
@@ -406,7 +421,8 @@ mod tests {
 
     fn queue(messages: usize, overflow: Overflow) -> Queue {
         let inbox = Arc::new(Inbox::new(OutboxLimits { messages: 1, bytes: 1 }));
-        Queue::new(QueuePolicy { messages, bytes: 1 << 20, overflow }, None, vec![inbox])
+        let policy = QueuePolicy { messages, bytes: 1 << 20, overflow };
+        Queue::new(policy, None, vec![inbox], MonitorAlarm(bounded(1).0))
     }
 
     fn block(messages: u64) -> BlockBuilder {

@@ -9,15 +9,16 @@ use std::time::Instant;
 use super::Spawner;
 use super::connection::ConnectionPolicy;
 use super::events::Hub;
+use super::held::{Estate, Left};
 use super::inbox::Inbox;
 use super::monitor::Notice;
 use super::queue::Queue;
 use super::timer::Timer;
 use crate::error::{BoxError, Error};
 use crate::event::{Event, EventKind, State};
-use crate::handler::{Attempt, Outgoing, Request, Resume};
+use crate::handler::{Attempt, Outgoing, Request};
 use crate::io::clock::Clock;
-use crate::metrics::{ConnectionMetrics, Counter, Snapshot};
+use crate::metrics::{ConnectionMetrics, Counter, DropReason, Snapshot};
 
 /// Where a connection connects to: the same each time, or asked for each time.
 #[derive(Clone)]
@@ -63,8 +64,8 @@ pub(crate) struct Peer {
     pub(crate) endpoint: Endpoint,
     pub(crate) inbox: Arc<Inbox>,
     pub(crate) metrics: ConnectionMetrics,
-    /// The last message that an earlier thread received, for the next one's sessions.
-    pub(crate) resume: Mutex<Option<Resume>>,
+    /// What its last thread has left for the next one.
+    pub(crate) estate: Estate,
 }
 
 /// The connections' states, and a way to wait for one.
@@ -111,9 +112,48 @@ impl Shared {
         *self.close_by.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Leaves what a connection's thread had; what is held goes to the queue if
+    /// nobody will take it over.
+    pub(crate) fn leave(&self, connection: usize, left: Left) {
+        if let Err(mut held) = self.connections[connection].estate.leave(left) {
+            self.tell_late(connection, held.release(&self.queue));
+        }
+    }
+
+    /// Offers what a connection holds that has no thread at the moment.
+    pub(crate) fn offer_left(&self, connection: usize) {
+        let (late, free) = self.connections[connection].estate.offer(&self.queue);
+        self.tell_late(connection, late);
+        if free {
+            let epoch = self.connections[connection].metrics.epoch();
+            self.emit(connection, epoch, EventKind::Blocked(false));
+        }
+    }
+
+    /// No thread of the connection follows: what it holds goes to the queue.
+    pub(crate) fn release_left(&self, connection: usize) {
+        let late = self.connections[connection].estate.close().release(&self.queue);
+        self.tell_late(connection, late);
+    }
+
+    /// Tells of messages that came when the queue was closed.
+    fn tell_late(&self, connection: usize, late: usize) {
+        if late > 0 {
+            let epoch = self.connections[connection].metrics.epoch();
+            let (count, reason) = (late as u64, DropReason::Closed.phrase());
+            self.emit(connection, epoch, EventKind::Dropped { count, reason });
+        }
+    }
+
+    /// Takes no message any more but those that ended threads have left.
+    pub(crate) fn close_queue(&self) {
+        (0..self.connections.len()).for_each(|connection| self.release_left(connection));
+        self.queue.close();
+    }
+
     /// Nothing comes any more: everybody who waits for something hears of it.
     pub(crate) fn end(&self) {
-        self.queue.close();
+        self.close_queue();
         self.connections.iter().for_each(|peer| peer.inbox.refuse());
         let failed = self.ending().error.is_some();
         self.states.end(if failed { State::Failed } else { State::Closed });
@@ -144,12 +184,6 @@ impl Shared {
                 })
                 .collect(),
         }
-    }
-}
-
-impl Peer {
-    pub(crate) fn last_message(&self) -> MutexGuard<'_, Option<Resume>> {
-        self.resume.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -94,6 +94,8 @@ pub(crate) struct Checks {
     pub(crate) outs: u64,
     /// Messages that were told to be shed.
     pub(crate) shed: u64,
+    /// Messages that were read from sockets.
+    pub(crate) shown: u64,
     /// Messages that sessions emitted of their own.
     pub(crate) emitted: u64,
     /// Panics of the timer.
@@ -365,9 +367,6 @@ fn loss(
         if curable && !used_up {
             k.broken("recoverable-is-retried", || format!("conn {index}: {}", error.chain()));
         }
-        // Whatever a thread holds is let go at its end.
-        k.ck.conns[index].blocked = false;
-        k.ck.conns[index].unblocked = at;
         k.ck.conns[index].ends.push_back(at);
         return;
     };
@@ -657,7 +656,11 @@ pub(crate) fn counters(k: &mut Kernel, index: usize, metrics: &ConnectionMetrics
 }
 
 /// The same of the whole client's.
-pub(crate) fn totals(k: &mut Kernel, ledger: &Ledger, restarts: u64) {
+pub(crate) fn totals(k: &mut Kernel, ledger: &Ledger, read: u64, restarts: u64) {
+    let shown = k.ck.shown;
+    if shown != read {
+        k.broken("counters-true", || format!("{shown} messages came, {read} counted"));
+    }
     let shed = k.ck.shed;
     if shed != ledger.dropped {
         k.broken("counters-true", || format!("{shed} told to be shed, {ledger}"));

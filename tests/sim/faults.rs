@@ -86,6 +86,8 @@ pub(crate) const BOOK: &[&str] = &[
     "user code never returns",
     "consumer stalls",
     "consumer leaves",
+    "reader panics",
+    "thread ends with a full hold",
     "message fails",
     "late alarm",
     "timer panics",

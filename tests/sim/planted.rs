@@ -28,7 +28,7 @@ bugs! {
     // Dedup, ledger, overflow, restarts.
     WindowTooSmall, FailureNotForgotten, DuplicateAccepted, FreshTakenForDuplicate,
     SkippedNotCounted, ShedNotCounted, NeverFull, HeldForEver, OldestNotDropped,
-    IntensityIgnored, RestartedAtOnce,
+    IntensityIgnored, RestartedAtOnce, HeldLostWithItsThread, HeldUntilTheNextThread,
     // The WebSocket and the blocks.
     UnfinishedForgotten, FinishedSentAgain, WrittenTwice, WrongEpoch, WrongOrder, PongMissing,
     // The pipeline's logic.

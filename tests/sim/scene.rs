@@ -24,7 +24,9 @@ use crate::server::{MAX_REDIRECTS, Rates};
 use crate::threads::Spawner;
 use crate::threads::connection::{Classifier, ConnectionPolicy, IdSource, Ids};
 use crate::threads::events::Hub;
+use crate::threads::held::Estate;
 use crate::threads::inbox::Inbox;
+use crate::threads::monitor::MonitorAlarm;
 use crate::threads::queue::{Queue, QueuePolicy};
 use crate::threads::shared::{Endpoint, Peer, Shared, States};
 use crate::threads::timer::Timer;
@@ -73,7 +75,7 @@ impl Scene {
         setup.lossless = setup.sessions
             && setup.overflow == Overflow::Block
             && setup.dedup.is_none_or(|capacity| capacity > 100_000);
-        Self {
+        let mut scene = Self {
             settles: settles(&setup),
             redundant,
             failing: if k.chance(0.15) { 0.003 } else { 0.0 },
@@ -89,7 +91,12 @@ impl Scene {
             leaves: k.chance(0.05).then(|| k.range(0, end)),
             setup,
             rates,
+        };
+        // Chance alone hardly ever brings it about.
+        if k.chance(0.02) {
+            restarts(&mut scene);
         }
+        scene
     }
 }
 
@@ -137,6 +144,27 @@ pub(crate) fn full_queues(scene: &mut Scene) {
     (scene.stall, scene.consume_most) = (0.01, 10);
 }
 
+/// Consumers that are away while one thread after the other ends. A thread that
+/// reads nothing does when it connects again; its session fills what it may hold.
+pub(crate) fn restarts(scene: &mut Scene) {
+    let Scene { setup, rates, .. } = scene;
+    (setup.sessions, setup.overflow, setup.classifier) = (true, Overflow::Block, false);
+    (setup.queue, setup.block) = (8, 1);
+    (setup.dedup, setup.ttl, setup.idle) = (None, None, None);
+    (setup.restarts, setup.within) = (1000, Duration::from_secs(5));
+    (setup.attempts, setup.reconnects, setup.lossless) = (None, None, true);
+    let (second, short) = (Duration::from_secs(1), Duration::from_secs(5));
+    (setup.beat, setup.connect, setup.ping) = (second, 3 * second, Some(short));
+    (setup.strategy, setup.base, setup.max) = (Strategy::Constant, second / 10, second / 10);
+    setup.retry_after_max = second;
+    (rates.mishap, rates.bad_upgrade, rates.fatal) = (short, 0.95, 0.4);
+    (rates.refuse, rates.black_hole, rates.hang, rates.session) = (0.0, 0.0, 0.0, 0.0);
+    (rates.overlap, rates.burst, rates.message) = (20, 40, second / 2);
+    scene.tune();
+    (scene.plan, scene.redundant) = (None, false);
+    (scene.failing, scene.consume_most, scene.stall) = (0.0, 10, 0.02);
+}
+
 /// Sessions whose heartbeats are due while their client closes.
 pub(crate) fn closes(scene: &mut Scene) {
     let Scene { setup, .. } = scene;
@@ -175,6 +203,7 @@ pub(crate) fn draw_rates(k: &mut Kernel, setup: &Setup) -> Rates {
         tls: some(k, 0.05),
         hook: some(k, 0.1),
         session: some(k, 0.02),
+        panic: if k.chance(0.1) { 0.001 } else { 0.0 },
         mishap: Duration::from_secs(k.pick(&[15, 60, 200, 900])),
         fatal: if k.chance(0.4) { 0.1 } else { 0.0 },
         duplicate: some(k, 0.2),
@@ -280,7 +309,8 @@ pub(crate) fn share(setup: &Setup, spawner: Spawner) -> Shared {
         .collect();
     let dedup = setup.dedup.map(|capacity| Dedup::new(capacity as usize, setup.ttl));
     let limits = QueuePolicy { messages: setup.queue, bytes: 1 << 20, overflow: setup.overflow };
-    let queue = Queue::new(limits, dedup, inboxes.clone());
+    let monitor = MonitorAlarm(spawner.monitor.clone());
+    let queue = Queue::new(limits, dedup, inboxes.clone(), monitor);
     let source = if setup.dedup.is_some() || setup.sessions {
         IdSource::Pointer(Pointer::parse("/id").expect("a pointer"))
     } else {
@@ -325,7 +355,7 @@ pub(crate) fn share(setup: &Setup, spawner: Spawner) -> Shared {
             endpoint: Endpoint::Hook(Arc::new(user::hook)),
             inbox,
             metrics: ConnectionMetrics::default(),
-            resume: Mutex::default(),
+            estate: Estate::default(),
         })
         .collect::<Vec<_>>();
     let observer: crate::threads::events::Observer<crate::event::Event> = Arc::new(|event| {

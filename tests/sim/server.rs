@@ -31,6 +31,8 @@ pub(crate) struct Rates {
     pub(crate) tls: f64,
     pub(crate) hook: f64,
     pub(crate) session: f64,
+    /// Of a panic of the crate's own while it reads.
+    pub(crate) panic: f64,
     /// Mean time between mishaps of an open connection.
     pub(crate) mishap: Duration,
     /// Share of mishaps that no retry cures.

@@ -7,6 +7,7 @@ pub(crate) mod consume;
 mod contain;
 #[path = "../../src/threads/events.rs"]
 pub(crate) mod events;
+pub(crate) mod held;
 #[path = "../../src/threads/inbox.rs"]
 pub(crate) mod inbox;
 #[path = "../../src/threads/monitor.rs"]

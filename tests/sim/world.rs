@@ -22,8 +22,9 @@ use crate::scene::{self, Scene};
 use crate::server::{self, Feed, Rates, Servers};
 use crate::simnet::{self, Life};
 use crate::threads::Spawner;
+use crate::threads::held::MAX_HELD;
 use crate::threads::monitor::{Monitor, NOTICES};
-use crate::threads::queue::{MAX_HELD, NoMessage};
+use crate::threads::queue::NoMessage;
 use crate::threads::shared::Shared;
 use crate::torture;
 use crate::works;
@@ -36,6 +37,7 @@ const REGRESSIONS: &[(&str, fn(&mut Scene))] = &[
     ("the_close_frame_that_tells_of_a_breach_was_not_counted", scene::breaches),
     ("a_session_that_opened_for_a_full_queue_read_on_until_none_could_open", scene::full_queues),
     ("a_session_heartbeat_that_was_due_while_closing_made_its_thread_spin", scene::closes),
+    ("a_second_restart_found_no_slot_for_what_was_held_and_shed_it", scene::restarts),
 ];
 
 /// Seeds of each such world.
@@ -76,6 +78,8 @@ struct World {
     skipped_ends: bool,
     monitor: usize,
     leaves: Option<u64>,
+    /// Since when there is nothing for a consumer to take.
+    dry: Option<u64>,
 }
 
 pub(crate) fn main() -> i32 {
@@ -374,6 +378,7 @@ impl World {
             skipped_ends: false,
             monitor,
             leaves: scene.leaves,
+            dry: None,
             shared,
             setup,
         };
@@ -487,7 +492,7 @@ impl World {
         }
         let (ledger, dropped) = self.shared.queue.ledger();
         let taken = with(|k| k.ck.taken);
-        let read: u64 = self.shared.connections.iter().map(|c| c.metrics.messages.get()).sum();
+        let read = self.read();
         let limit = self.most_in_flight();
         with(|k| {
             if !ledger.balanced() {
@@ -504,16 +509,24 @@ impl World {
             if ledger.in_flight > limit as u64 {
                 k.broken("queue-bounded", || format!("{limit} at most, {ledger}"));
             }
+            let lives = k.ck.closing.is_none() && k.ck.failed.is_none();
+            if dropped.closed > 0 && lives {
+                k.broken("nothing-shed-too-late-while-it-lives", || ledger.to_string());
+            }
         });
     }
 
-    /// What may wait for the consumer. Only who blocks holds blocks beside the queue;
-    /// a thread that ends hands them to it, room or not, and its successor holds as
-    /// many again.
+    /// Messages that were read, as the client counts them.
+    fn read(&self) -> u64 {
+        self.shared.connections.iter().map(|peer| peer.metrics.messages.get()).sum()
+    }
+
+    /// What may wait for the consumer. Only who blocks holds blocks beside the queue,
+    /// and one may be on its way there.
     fn most_in_flight(&self) -> usize {
         let Setup { queue, connections, block, overflow, .. } = self.setup;
         match overflow {
-            Overflow::Block => queue + connections * block * (2 * MAX_HELD + 1),
+            Overflow::Block => queue + connections * block * (MAX_HELD + 1),
             _ => queue.max(block),
         }
     }
@@ -527,6 +540,7 @@ impl World {
             });
             return;
         }
+        let before = with(|k| k.ck.taken);
         let most = with(|k| k.range(1, self.consume_most + 1));
         for _ in 0..most {
             if self.by_block {
@@ -540,18 +554,39 @@ impl World {
             }
         }
         if !over {
+            self.is_there(before);
             let wait = with(|k| {
                 let stalls = !k.sv.healed && k.chance(self.stall);
                 if stalls {
                     k.fault("consumer stalls");
                     k.note(|| "the consumer stalls".to_owned());
-                    k.range(5, 200) * SECOND
+                    // It is back when the world heals.
+                    let time = k.range(5, 200) * SECOND;
+                    time.min(self.end.saturating_sub(k.now) + SECOND)
                 } else {
                     let every = self.consume_every;
                     k.range(every / 2, every * 2)
                 }
             });
             with(|k| k.soon(wait, Ev::Consume));
+        }
+    }
+
+    /// What was accepted can be taken, also while a connection has no thread: the
+    /// consumer has just tried, after it had taken so many `before`.
+    fn is_there(&mut self, before: u64) {
+        let (ledger, _) = self.shared.queue.ledger();
+        let (now, taken) = with(|k| (k.now, k.ck.taken));
+        if taken > before || ledger.in_flight == 0 {
+            self.dry = None;
+            return;
+        }
+        let since = *self.dry.get_or_insert(now);
+        // A hook that sleeps keeps its thread from offering what it holds.
+        let hooks = with(|k| k.sv.rates.session > 0.0) && self.setup.sessions;
+        let slack = if hooks { SLACK } else { 100 * MS };
+        if now > since + slack && with(|k| k.hung.is_empty()) {
+            with(|k| k.broken("accepted-is-there", || format!("none for a while, {ledger}")));
         }
     }
 
@@ -874,7 +909,7 @@ impl World {
             for (index, peer) in self.shared.connections.iter().enumerate() {
                 checks::counters(k, index, &peer.metrics);
             }
-            checks::totals(k, &ledger, self.shared.restarts.get());
+            checks::totals(k, &ledger, self.read(), self.shared.restarts.get());
         });
     }
 

@@ -5,6 +5,8 @@ mod reading;
 mod writing;
 
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Connection;
@@ -154,26 +156,16 @@ impl<'c> Epoch<'c> {
     }
 
     /// Serves the socket until it is lost or the client closes. Guarantees that
-    /// the socket is released and nothing unsent is forgotten.
+    /// the socket is released and nothing unsent is forgotten, also by a panic.
     pub(super) fn run(mut self: Box<Self>) -> EpochEnd {
-        let mut end = self.serve();
-        if let EpochEnd::Lost(error) = &end
-            && self.leaving != Leaving::No
-        {
-            // The server left first, and without a word: closed all the same.
-            let chain = error.chain();
-            log::info!("connection {} ended while closing: {chain}", self.connection.index);
-            end = EpochEnd::Closed;
-        }
-        if let EpochEnd::Lost(error) = &end {
-            self.say_why(error);
-        }
+        let end = self.serve().map(|end| self.take_leave(end));
         self.count_traffic();
         let unfinished = self.ws.take_unfinished();
         let connection = self.connection;
         connection.peer().inbox.put_back(unfinished);
         connection.peer().inbox.end_epoch();
         self.ws.release(&mut connection.poller);
+        let end = end.unwrap_or_else(|panic| resume_unwind(panic));
         if let EpochEnd::Closed = end {
             let now = connection.shared.clock.now();
             connection.peer().metrics.ended(now, None);
@@ -181,13 +173,28 @@ impl<'c> Epoch<'c> {
         end
     }
 
-    fn serve(&mut self) -> EpochEnd {
+    fn take_leave(&mut self, end: EpochEnd) -> EpochEnd {
+        match &end {
+            EpochEnd::Lost(error) if self.leaving != Leaving::No => {
+                // The server left first, and without a word: closed all the same.
+                let chain = error.chain();
+                log::info!("connection {} ended while closing: {chain}", self.connection.index);
+                return EpochEnd::Closed;
+            }
+            EpochEnd::Lost(error) => self.say_why(error),
+            EpochEnd::Closed => {}
+        }
+        end
+    }
+
+    /// The outer result is that of the thread: an error is a panic.
+    fn serve(&mut self) -> thread::Result<EpochEnd> {
         let policy = self.connection.shared.policy.clone();
         let mut guest = match Guest::new(policy.session.as_ref()) {
             Ok(guest) => guest,
-            Err(failure) => return self.fail(failure),
+            Err(failure) => return Ok(self.fail(failure)),
         };
-        let end = self.host(&mut guest);
+        let end = catch_unwind(AssertUnwindSafe(|| self.host(&mut guest)));
         if let Err(panic) = guest.dismiss() {
             self.connection.report_panic("Session's drop", &panic);
         }
@@ -206,15 +213,10 @@ impl<'c> Epoch<'c> {
 
     /// Lets the session open.
     fn open(&mut self, guest: &mut Guest) -> Result<(), EpochEnd> {
-        let policy = self.connection.shared.policy.clone();
-        let now = self.now();
-        let mut gather = self.gather(&policy.ids, now);
-        let outcome = guest.on_open(
-            origin(self.connection.index, self.number, &self.upgraded),
-            self.resume.as_ref(),
-            &mut gather,
-        );
-        self.hand_over(gather, 0)?;
+        let outcome = self.gather(self.now(), |epoch, gather| {
+            let origin = origin(epoch.connection.index, epoch.number, &epoch.upgraded);
+            Ok(guest.on_open(origin, epoch.resume.as_ref(), gather))
+        })?;
         let held = outcome.acts.hold && !outcome.acts.ready;
         self.carry_out(outcome)?;
         // Kept for `on_open` only.
@@ -234,7 +236,7 @@ impl<'c> Epoch<'c> {
         self.unblock();
         let now = self.now();
         if self.can_read() {
-            self.read(guest, now)?;
+            self.gather(now, |epoch, gather| epoch.read(guest, gather, now))?;
         }
         self.write(now)?;
         self.look_at_the_time(guest, now)?;
@@ -337,11 +339,10 @@ impl<'c> Epoch<'c> {
             return Ok(());
         }
         self.beat = Some((interval, self.connection.shared.clock.after(interval)));
-        let policy = self.connection.shared.policy.clone();
-        let mut gather = self.gather(&policy.ids, now);
-        let origin = origin(self.connection.index, self.number, &self.upgraded);
-        let outcome = guest.on_heartbeat(origin, self.resume.as_ref(), &mut gather);
-        self.hand_over(gather, 0)?;
+        let outcome = self.gather(now, |epoch, gather| {
+            let origin = origin(epoch.connection.index, epoch.number, &epoch.upgraded);
+            Ok(guest.on_heartbeat(origin, epoch.resume.as_ref(), gather))
+        })?;
         self.carry_out(outcome)?;
         self.write(now)
     }

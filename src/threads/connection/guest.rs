@@ -34,6 +34,9 @@ pub(super) struct Failure {
 pub(super) struct Gather<'a> {
     pub(super) block: BlockBuilder,
     pub(super) ids: &'a Ids,
+    /// Messages read, and those of them that the session made nothing of.
+    pub(super) messages: u64,
+    pub(super) skipped: u64,
     /// Sequence of the last message.
     pub(super) sequence: u64,
     /// The last message's id as the server wrote it; empty if it had none.
@@ -85,11 +88,15 @@ impl Guest {
         data: Data<'_>,
         origin: Origin<'_>,
         resume: Option<&Resume>,
-        sink: &mut dyn Sink,
+        gather: &mut Gather<'_>,
     ) -> Outcome {
-        self.call("Session::on_message", origin, resume, sink, |session, link| {
+        let before = gather.sequence;
+        let outcome = self.call("Session::on_message", origin, resume, gather, |session, link| {
             session.on_message(data, link)
-        })
+        });
+        gather.messages += 1;
+        gather.skipped += u64::from(gather.sequence == before);
+        outcome
     }
 
     pub(super) fn on_heartbeat(
@@ -142,13 +149,16 @@ impl Gather<'_> {
     pub(super) fn take(&mut self, payload: Payload<'_>) {
         let id = self.find(payload.data());
         self.push(payload, id);
+        self.messages += 1;
     }
 
     /// Takes the whole messages that lie ready; `false` when the socket has no
     /// more. Nothing is taken of what needs a closer look.
     pub(super) fn take_run(&mut self, ws: &mut Websocket, most: usize) -> Result<bool, Error> {
         let more = ws.read_run(most, &mut self.block, self.sequence + 1);
-        self.sequence += self.block.len() as u64;
+        let taken = self.block.len() as u64;
+        self.messages += taken;
+        self.sequence += taken;
         match &self.ids.source {
             IdSource::Off => {}
             IdSource::Content => {

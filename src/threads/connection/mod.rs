@@ -10,14 +10,13 @@ mod epoch;
 mod guest;
 mod ids;
 
-use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use super::held::{Held, Left};
 use super::monitor::Notice;
-use super::queue::Offer;
 use super::shared::{Endpoint, Peer, Resolver, Shared};
 use super::{JoinHandle, contained};
 use crate::error::{Error, ErrorKind, Recovery};
@@ -28,7 +27,6 @@ use crate::io::poll::{Poller, Ready};
 use crate::io::websocket::Limits;
 use crate::logic::connection::{Fate, Illegal, Input, Loss, Machine, RetryPolicy};
 use crate::logic::heartbeat::Heartbeat;
-use crate::message::Block;
 use crate::metrics::DropReason;
 
 use epoch::{Epoch, EpochEnd};
@@ -81,11 +79,8 @@ pub(crate) struct Connection {
     index: usize,
     poller: Poller,
     machine: Machine,
-    /// What the queue had no room for, in its order: at most [`MAX_HELD`] blocks.
-    /// Nothing is read until they are gone, which may be in a later epoch.
-    ///
-    /// [`MAX_HELD`]: super::queue::MAX_HELD
-    held: VecDeque<Block>,
+    /// What the queue had no room for, since this thread began or before.
+    held: Held,
     /// The last message received, for the next session.
     resume: Option<Resume>,
     /// The earliest wake-up that the timer was asked for.
@@ -127,13 +122,13 @@ impl Connection {
         })?;
         shared.connections[index].inbox.attach(poller.waker());
         let machine = Machine::new(shared.policy.retry.clone());
-        let resume = shared.connections[index].last_message().take();
+        let Left { resume, held } = shared.connections[index].estate.take();
         Ok(Self {
             shared,
             index,
             poller,
             machine,
-            held: VecDeque::new(),
+            held,
             resume,
             armed: None,
             lookup: None,
@@ -299,37 +294,26 @@ impl Connection {
         if self.held.is_empty() {
             return true;
         }
-        while let Some(block) = self.held.pop_front() {
-            match self.shared.queue.offer_again(block) {
-                Offer::Held(block) => {
-                    self.held.push_front(block);
-                    return false;
-                }
-                Offer::Done { shed, reason } => self.tell_shed(shed, reason),
-                Offer::Disconnect { shed } => self.tell_shed(shed, DropReason::Disconnect),
-            }
+        let late = self.held.offer(&self.shared.queue);
+        self.tell_shed(late, DropReason::Closed);
+        let free = self.held.is_empty();
+        if free {
+            self.emit(EventKind::Blocked(false));
         }
-        self.emit(EventKind::Blocked(false));
-        true
+        free
     }
 
-    /// Hands what is held to a queue that takes it, room or not: the client ends.
+    /// Hands what is held to the queue, room or not: the client closes.
     fn release_held(&mut self) {
-        while let Some(block) = self.held.pop_front() {
-            if let Offer::Done { shed, reason } = self.shared.queue.offer_last(block) {
-                self.tell_shed(shed, reason);
-            }
-        }
+        let late = self.held.release(&self.shared.queue);
+        self.tell_shed(late, DropReason::Closed);
     }
 
     fn tell_shed(&mut self, count: usize, reason: DropReason) {
-        let reason = match reason {
-            _ if count == 0 => return,
-            DropReason::Oldest => "queue full, oldest dropped",
-            DropReason::Newest => "queue full, newest dropped",
-            DropReason::Disconnect => "queue full, disconnecting",
-            DropReason::Closed => "the client has closed",
-        };
+        if count == 0 {
+            return;
+        }
+        let reason = reason.phrase();
         if self.shed.reason != reason {
             self.tell_all_shed();
         }
@@ -457,14 +441,13 @@ impl Driver for Connection {
 }
 
 impl Drop for Connection {
-    /// Whatever ended the thread, a panic included: what it held is handed
-    /// over, where it was goes to its successor, and a look-up that still runs
-    /// is left to the monitor.
+    /// Whatever ended the thread, a panic included: what it held and where it was
+    /// go to its successor, and a look-up that still runs is left to the monitor.
     fn drop(&mut self) {
-        self.release_held();
+        let left = Left { resume: self.resume.take(), held: std::mem::take(&mut self.held) };
+        self.shared.leave(self.index, left);
         self.tell_all_shed();
         self.peer().inbox.end_epoch();
-        *self.peer().last_message() = self.resume.take();
         self.peer().inbox.detach();
         if let Some(lookup) = self.lookup.take() {
             let name = format!("broadsock-dns-{}", self.index);

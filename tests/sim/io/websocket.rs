@@ -62,6 +62,18 @@ impl Turn {
     }
 }
 
+/// A panic that nothing contains: it ends the thread, with a block half built.
+fn may_panic() {
+    let panics = with(|k| {
+        let p = if k.sv.healed { 0.0 } else { k.sv.rates.panic };
+        p > 0.0 && k.chance(p)
+    });
+    if panics {
+        with(|k| k.fault("reader panics"));
+        panic!("planned panic of a reader");
+    }
+}
+
 impl Websocket {
     pub(crate) fn new(stream: Stream, rest: Vec<u8>, limits: Limits) -> Self {
         Self(real::Websocket::new(stream, rest, limits), Vec::new(), Turn::default())
@@ -71,7 +83,11 @@ impl Websocket {
         &mut self,
         data: impl FnOnce(Payload<'_>),
     ) -> Result<Option<Incoming>, Error> {
-        let read = self.0.read(data);
+        may_panic();
+        let read = self.0.read(|payload| {
+            data(payload);
+            with(|k| k.ck.shown += 1);
+        });
         if matches!(read, Ok(Some(_))) {
             self.2.reads();
         }
@@ -85,15 +101,23 @@ impl Websocket {
         first: u64,
     ) -> Result<bool, Error> {
         self.2.reads_run(most);
-        self.0.read_run(most, block, first)
+        may_panic();
+        let read = self.0.read_run(most, block, first);
+        with(|k| k.ck.shown += block.len() as u64);
+        read
     }
 
     pub(crate) fn show_run(
         &mut self,
         most: usize,
-        show: impl FnMut(Payload<'_>) -> bool,
+        mut show: impl FnMut(Payload<'_>) -> bool,
     ) -> (usize, Result<bool, Error>) {
-        self.0.show_run(most, show)
+        self.0.show_run(most, |payload| {
+            may_panic();
+            let goes_on = show(payload);
+            with(|k| k.ck.shown += 1);
+            goes_on
+        })
     }
 
     pub(crate) fn shrink(&mut self) {

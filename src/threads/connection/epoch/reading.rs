@@ -1,5 +1,6 @@
 //! The reading half of a turn: frames to the session, and on to the queue.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -11,14 +12,13 @@ use crate::io::websocket::Incoming;
 use crate::message::{Block, BlockBuilder};
 use crate::metrics::DropReason;
 use crate::threads::connection::guest::{Gather, Guest, Outcome};
-use crate::threads::connection::ids::Ids;
-use crate::threads::queue::{MAX_HELD, Offer};
+use crate::threads::queue::Offer;
 
 impl Epoch<'_> {
     /// A session that opens is read for even if an earlier epoch left the queue
     /// full: what it waits for may be next.
     pub(super) fn can_read(&self) -> bool {
-        let opens = self.opening.is_some() && self.connection.held.len() < MAX_HELD;
+        let opens = self.opening.is_some() && !self.connection.held.is_full();
         self.more && (!self.blocked || opens) && !self.is_quiet()
     }
 
@@ -28,27 +28,28 @@ impl Epoch<'_> {
         self.connection.quiet && self.opening.is_none() && self.leaving == Leaving::No
     }
 
-    /// Reads up to a block. What was read before an error is handed over all
-    /// the same.
-    pub(super) fn read(&mut self, guest: &mut Guest, now: Instant) -> Result<(), EpochEnd> {
-        let shared = Arc::clone(&self.connection.shared);
-        let policy = &shared.policy;
-        let mut gather = self.gather(&policy.ids, now);
+    /// Reads up to a block.
+    pub(super) fn read(
+        &mut self,
+        guest: &mut Guest,
+        gather: &mut Gather<'_>,
+        now: Instant,
+    ) -> Result<(), EpochEnd> {
+        let block_messages = self.connection.shared.policy.block_messages;
         if guest.passes_on() {
-            let most = self.most(policy.block_messages, now);
+            let most = self.most(block_messages, now);
             let read = gather.take_run(&mut self.ws, most);
-            let found = gather.block.len() as u64;
-            if found > 0 || !matches!(read, Ok(true)) {
+            if gather.messages > 0 || !matches!(read, Ok(true)) {
                 self.more = *read.as_ref().unwrap_or(&true);
-                self.note_reading(found, found > 0, now);
-                return self.hand_over(gather, 0).and(read.map(drop).map_err(EpochEnd::from));
+                self.note_reading(gather, gather.messages > 0, now);
+                return read.map(drop).map_err(EpochEnd::from);
             }
         }
         gather.block.reserve(self.last_block.0, self.last_block.1);
-        let (mut skipped, mut messages, mut frames, mut looked) = (0, 0, 0, 0);
+        let (mut frames, mut looked) = (0, 0);
         let mut end = Ok(());
         // Control frames count too: a flood of them must end as well.
-        while end.is_ok() && frames < policy.block_messages && self.more {
+        while end.is_ok() && frames < block_messages && self.more {
             // Where the queue is full, no more is read than makes the session ready.
             let enough = self.blocked && self.opening.is_none();
             if enough || gather.block.bytes() >= BLOCK_BYTES {
@@ -62,22 +63,18 @@ impl Epoch<'_> {
             }
             // What makes a session ready is looked at by itself.
             if !guest.passes_on() && self.opening.is_none() {
-                let most = LOOK.min(policy.block_messages - frames);
-                let (shown, read) = self.show_run(guest, &mut gather, &mut skipped, most);
-                messages += shown as u64;
+                let most = LOOK.min(block_messages - frames);
+                let (shown, read) = self.show_run(guest, gather, most);
                 frames += shown;
                 end = read.map(|more| self.more = more);
                 if shown > 0 || end.is_err() || !self.more {
                     continue;
                 }
             }
-            let (read, acts) = self.read_one(guest, &mut gather, &mut skipped);
+            let (read, acts) = self.read_one(guest, gather);
             frames += usize::from(matches!(read, Ok(Some(_))));
             end = match read {
-                Ok(Some(Incoming::Data)) => {
-                    messages += 1;
-                    acts.map_or(Ok(()), |outcome| self.carry_out(outcome))
-                }
+                Ok(Some(Incoming::Data)) => acts.map_or(Ok(()), |outcome| self.carry_out(outcome)),
                 Ok(Some(control)) => self.control(control, now),
                 Ok(None) => {
                     self.more = false;
@@ -89,20 +86,32 @@ impl Epoch<'_> {
         let full = self.more && gather.block.len() >= LOOK;
         self.last_block =
             if full { (gather.block.len(), gather.block.text_bytes()) } else { (0, 0) };
-        self.note_reading(messages, frames > 0, now);
-        self.hand_over(gather, skipped).and(end)
+        self.note_reading(gather, frames > 0, now);
+        end
     }
 
-    /// What a turn's messages gather in, until they are handed over.
-    pub(super) fn gather<'a>(&mut self, ids: &'a Ids, now: Instant) -> Gather<'a> {
-        Gather {
+    /// Has `fill` gather messages, and hands them over whatever becomes of it: those
+    /// before an error count, and those before a panic, which ends the thread.
+    pub(super) fn gather<T>(
+        &mut self,
+        now: Instant,
+        fill: impl FnOnce(&mut Self, &mut Gather<'_>) -> Result<T, EpochEnd>,
+    ) -> Result<T, EpochEnd> {
+        let shared = Arc::clone(&self.connection.shared);
+        let mut gather = Gather {
             block: BlockBuilder::new(self.connection.index, self.number, now),
-            ids,
+            ids: &shared.policy.ids,
+            messages: 0,
+            skipped: 0,
             sequence: self.sequence,
             raw_id: Vec::new(),
             panic: None,
             layouts: std::mem::take(&mut self.layouts),
-        }
+        };
+        let filled = catch_unwind(AssertUnwindSafe(|| fill(self, &mut gather)));
+        let handed = self.hand_over(gather);
+        let filled = filled.unwrap_or_else(|panic| resume_unwind(panic));
+        handed.and(filled)
     }
 
     /// How many messages a turn reads at most.
@@ -123,16 +132,13 @@ impl Epoch<'_> {
         &mut self,
         guest: &mut Guest,
         gather: &mut Gather<'_>,
-        skipped: &mut u64,
         most: usize,
     ) -> (usize, Result<bool, EpochEnd>) {
         let mut all = Outcome { acts: Acts::default(), failure: None };
         let Self { ws, upgraded, resume, connection, number, .. } = self;
         let origin = origin(connection.index, *number, upgraded);
         let (shown, read) = ws.show_run(most, |payload| {
-            let before = gather.sequence;
             let outcome = guest.on_message(payload.data(), origin, resume.as_ref(), gather);
-            *skipped += u64::from(gather.sequence == before);
             all.failure = outcome.failure;
             if all.failure.is_none() {
                 all.acts.join(outcome.acts);
@@ -153,7 +159,6 @@ impl Epoch<'_> {
         &mut self,
         guest: &mut Guest,
         gather: &mut Gather<'_>,
-        skipped: &mut u64,
     ) -> (Result<Option<Incoming>, Error>, Option<Outcome>) {
         let mut outcome = None;
         let Self { ws, upgraded, resume, connection, number, .. } = self;
@@ -162,10 +167,8 @@ impl Epoch<'_> {
                 gather.take(payload);
                 return;
             }
-            let before = gather.sequence;
             let origin = origin(connection.index, *number, upgraded);
             outcome = Some(guest.on_message(payload.data(), origin, resume.as_ref(), gather));
-            *skipped += u64::from(gather.sequence == before);
         });
         (read, outcome)
     }
@@ -198,15 +201,14 @@ impl Epoch<'_> {
 
     /// What was read out of a buffer counts as bytes that arrive: a pong may
     /// lie behind more of it than a slow session gets through in time.
-    pub(super) fn note_reading(&mut self, messages: u64, alive: bool, now: Instant) {
+    pub(super) fn note_reading(&mut self, gather: &Gather<'_>, alive: bool, now: Instant) {
         let before = self.traffic.0;
         self.count_traffic();
         if alive || self.traffic.0 != before {
             self.live.on_bytes(now);
         }
-        if messages > 0 {
+        if gather.messages > 0 {
             self.live.on_data(now);
-            self.connection.peer().metrics.messages.add(messages);
         }
     }
 
@@ -219,8 +221,9 @@ impl Epoch<'_> {
     }
 
     /// Hands what was read to the queue.
-    pub(super) fn hand_over(&mut self, gather: Gather<'_>, skipped: u64) -> Result<(), EpochEnd> {
+    fn hand_over(&mut self, gather: Gather<'_>) -> Result<(), EpochEnd> {
         self.layouts = gather.layouts;
+        self.connection.peer().metrics.messages.add(gather.messages);
         if let Some(panic) = gather.panic {
             self.connection.report_panic("id function", &panic);
         }
@@ -229,12 +232,12 @@ impl Epoch<'_> {
             let id = (!gather.raw_id.is_empty()).then_some(gather.raw_id);
             self.connection.resume =
                 Some(Resume { epoch: self.number, sequence: self.sequence, id });
-        } else if skipped == 0 {
+        } else if gather.skipped == 0 {
             return Ok(());
         }
         let now = self.now();
         let behind = !self.connection.held.is_empty();
-        match self.connection.shared.queue.offer(gather.block, skipped, behind, now) {
+        match self.connection.shared.queue.offer(gather.block, gather.skipped, behind, now) {
             Offer::Done { shed, reason } => self.connection.tell_shed(shed, reason),
             Offer::Held(block) => self.hold(block, now),
             Offer::Disconnect { shed } => {
@@ -250,13 +253,13 @@ impl Epoch<'_> {
     /// what a session emits without end while it is not read for, is shed.
     pub(super) fn hold(&mut self, block: Block, now: Instant) {
         let leaves = matches!(self.leaving, Leaving::Sent { .. });
-        if leaves || self.connection.held.len() >= MAX_HELD {
+        if leaves || self.connection.held.is_full() {
             let reason = if leaves { DropReason::Closed } else { DropReason::Newest };
             let shed = self.connection.shared.queue.turn_away(block, reason);
             self.connection.tell_shed(shed, reason);
             return;
         }
-        self.connection.held.push_back(block);
+        self.connection.held.push(block);
         if !self.blocked {
             self.blocked = true;
             self.live.pause(now);
