@@ -434,6 +434,11 @@ impl BlockBuilder {
             let verdicts = &mut verdicts[..group];
             verdicts.fill(true);
             judge(&ids[from..from + group], verdicts);
+            // Mostly all are fresh, and stay where they are.
+            if kept == from && verdicts.iter().fold(true, |all, fresh| all & *fresh) {
+                kept += group;
+                continue;
+            }
             for (at, fresh) in (from..).zip(verdicts) {
                 if !*fresh {
                     dropped += len_of(large, &entries[at]);
