@@ -126,21 +126,16 @@ impl Epoch<'_> {
         skipped: &mut u64,
         most: usize,
     ) -> (usize, Result<bool, EpochEnd>) {
-        let mut all = Outcome { acts: Acts::default(), failure: None };
+        let (mut acts, mut failure) = (Acts::default(), None);
         let Self { ws, upgraded, resume, connection, number, .. } = self;
         let origin = origin(connection.index, *number, upgraded);
         let (shown, read) = ws.show_run(most, |payload| {
             let before = gather.sequence;
-            let outcome = guest.on_message(payload.data(), origin, resume.as_ref(), gather);
+            failure = guest.on_message(payload.data(), origin, resume.as_ref(), gather, &mut acts);
             *skipped += u64::from(gather.sequence == before);
-            all.failure = outcome.failure;
-            if all.failure.is_none() {
-                all.acts.join(outcome.acts);
-            }
-            all.failure.is_none()
+            failure.is_none()
         });
-        let failure = all.failure.take();
-        let mut done = self.carry_out(all);
+        let mut done = self.carry_out(Outcome { acts, failure: None });
         if let (Ok(()), Some(failure)) = (&done, failure) {
             done = Err(self.fail(failure));
         }
@@ -164,7 +159,10 @@ impl Epoch<'_> {
             }
             let before = gather.sequence;
             let origin = origin(connection.index, *number, upgraded);
-            outcome = Some(guest.on_message(payload.data(), origin, resume.as_ref(), gather));
+            let mut acts = Acts::default();
+            let failure =
+                guest.on_message(payload.data(), origin, resume.as_ref(), gather, &mut acts);
+            outcome = Some(Outcome { acts, failure });
             *skipped += u64::from(gather.sequence == before);
         });
         (read, outcome)
