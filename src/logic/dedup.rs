@@ -48,6 +48,9 @@ pub(crate) struct Dedup {
     spill: HashMap<Key, u32, BuildHasherDefault<AsItIs>>,
     /// Where the next id goes in the ring.
     next: usize,
+    /// Behind the id that was done last: messages are done in the order in which
+    /// they were accepted, mostly.
+    done_next: usize,
     /// The number of the last acceptance, of as many bits as `numbers` has.
     number: u32,
     /// The bits of a slot that are a number; the others are of an id.
@@ -121,6 +124,7 @@ impl Dedup {
             times: Vec::new(),
             spill: HashMap::default(),
             next: 0,
+            done_next: 0,
             // A slot that was never filled has number zero, and counts no more.
             number: capacity,
             // A slot's turn comes before numbers repeat, almost always.
@@ -194,9 +198,21 @@ impl Dedup {
     /// The message was processed to success. Without effect on an id that is
     /// not remembered.
     pub(crate) fn done(&mut self, id: u128) {
-        if let Some(place) = self.find(Key::of(id)) {
-            self.ring[place.at].high |= DONE;
-        }
+        let at = if self.is_done_next(id) {
+            self.done_next
+        } else {
+            let Some(place) = self.find(Key::of(id)) else { return };
+            place.at
+        };
+        self.ring[at].high |= DONE;
+        self.done_next = self.behind(at);
+    }
+
+    /// Whether the id was accepted right after the one that was done last: then no
+    /// line of it is looked at, nor need it be touched.
+    #[inline]
+    pub(crate) fn is_done_next(&self, id: u128) -> bool {
+        self.ring.get(self.done_next).is_some_and(|held| held.plain() == Key::of(id))
     }
 
     /// The message failed: its redelivery shall be accepted. `true` if the id
@@ -286,10 +302,13 @@ impl Dedup {
     #[inline]
     fn step(&mut self, number: u32) {
         self.number = number;
-        self.next += 1;
-        if self.next == self.capacity as usize {
-            self.next = 0;
-        }
+        self.next = self.behind(self.next);
+    }
+
+    /// The place behind one in the ring.
+    #[inline]
+    fn behind(&self, at: usize) -> usize {
+        if at + 1 == self.capacity as usize { 0 } else { at + 1 }
     }
 
     /// Puts a fresh id into the next place, and its number into its line or, if
@@ -612,6 +631,24 @@ mod tests {
         assert_eq!(window.state(2, now), Some(Processing::Done), "in the old generation");
         assert!(!window.accept(2, now), "done is remembered too");
         assert_eq!(window.state(2, now + secs(10)), None, "expired");
+    }
+
+    #[test]
+    fn messages_done_in_their_order_are_found_one_behind_the_other() {
+        let now = some_instant();
+        let mut window = Dedup::new(300, None);
+        let all = 1000;
+        (0..all).for_each(|id| assert!(window.accept(spread(id), now)));
+        window.done(spread(all - 301));
+        assert!(!window.is_done_next(spread(all - 300)), "the last was not remembered any more");
+        for id in all - 300..all {
+            assert_eq!(window.is_done_next(spread(id)), id > all - 300, "{id}");
+            assert_eq!(window.state(spread(id), now), Some(Processing::InFlight));
+            window.done(spread(id));
+            assert_eq!(window.state(spread(id), now), Some(Processing::Done));
+        }
+        window.accept(spread(all), now);
+        assert!(window.is_done_next(spread(all)), "in the place of the oldest");
     }
 
     #[test]
