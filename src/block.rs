@@ -408,18 +408,40 @@ impl BlockBuilder {
     }
 
     /// Takes a message. Sequences grow within a block.
+    #[inline]
     pub(crate) fn push(&mut self, payload: Payload<'_>, sequence: u64, id: Option<MessageId>) {
-        if self.data.entries.is_empty() {
-            self.data.base = sequence;
+        let bytes = payload.data().as_bytes().len();
+        let (kind, start, len) = match payload {
+            // What sessions emit, one by one.
+            Payload::Text(text) => self.copy_text(text),
+            other => self.place(other),
+        };
+        self.enter(kind, start, len, bytes, sequence, id);
+    }
+
+    #[inline]
+    fn enter(
+        &mut self,
+        kind: Kind,
+        start: usize,
+        len: usize,
+        bytes: usize,
+        sequence: u64,
+        id: Option<MessageId>,
+    ) {
+        let BlockData { entries, ids, base, .. } = &mut self.data;
+        if entries.is_empty() {
+            *base = sequence;
         }
-        self.bytes += payload.data().as_bytes().len();
-        let (kind, start, len) = self.place(payload);
-        let sequence = narrow((sequence - self.data.base) as usize);
-        if id.is_some() || !self.data.ids.is_empty() {
-            self.data.ids.resize(self.data.entries.len(), None);
-            self.data.ids.push(id);
+        self.bytes += bytes;
+        if id.is_some() || !ids.is_empty() {
+            if ids.len() < entries.len() {
+                ids.resize(entries.len(), None);
+            }
+            ids.push(id);
         }
-        self.data.entries.push(Entry { kind, start: narrow(start), len: narrow(len), sequence });
+        let sequence = narrow((sequence - *base) as usize);
+        entries.push(Entry { kind, start: narrow(start), len: narrow(len), sequence });
     }
 
     /// Keeps only the messages that `judge` finds fresh, a group at a time: it is
@@ -434,6 +456,11 @@ impl BlockBuilder {
             let verdicts = &mut verdicts[..group];
             verdicts.fill(true);
             judge(&ids[from..from + group], verdicts);
+            // Mostly all are fresh, and stay where they are.
+            if kept == from && verdicts.iter().fold(true, |all, fresh| all & *fresh) {
+                kept += group;
+                continue;
+            }
             for (at, fresh) in (from..).zip(verdicts) {
                 if !*fresh {
                     dropped += len_of(large, &entries[at]);
@@ -501,6 +528,7 @@ impl BlockBuilder {
         (Kind::Large, self.data.large.len() - 1, 0)
     }
 
+    #[inline]
     fn copy_text(&mut self, text: &str) -> (Kind, usize, usize) {
         // What a session emits may be of any size; offsets have 32 bits.
         if self.data.text.len() + text.len() > LARGE + ARENA {

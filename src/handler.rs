@@ -126,20 +126,43 @@ pub(crate) struct Origin<'a> {
 #[derive(Debug, Default)]
 pub(crate) struct Acts {
     pub(crate) sends: Vec<Outgoing>,
+    /// As many of these may come of the hook that runs, and of those before it; one
+    /// more is kept, to tell that it was too many.
+    most_sends: usize,
     pub(crate) hold: bool,
     pub(crate) ready: bool,
     pub(crate) healthy: bool,
 }
 
+/// What was asked for before a hook began.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Mark {
+    sends: usize,
+    hold: bool,
+    ready: bool,
+    healthy: bool,
+}
+
 impl Acts {
-    /// Does these and then others.
-    pub(crate) fn join(&mut self, others: Self) {
-        if !others.sends.is_empty() {
-            self.sends.extend(others.sends);
-        }
-        self.hold |= others.hold;
-        self.ready |= others.ready;
-        self.healthy |= others.healthy;
+    /// A hook begins, behind others; how far these came.
+    #[inline]
+    pub(crate) fn begin(&mut self) -> Mark {
+        let Self { sends, hold, ready, healthy, .. } = self;
+        self.most_sends = sends.len() + MAX_SENDS;
+        Mark { sends: sends.len(), hold: *hold, ready: *ready, healthy: *healthy }
+    }
+
+    /// Whether the hook that runs has asked for more than it may.
+    #[inline]
+    pub(crate) fn are_too_many(&self) -> bool {
+        self.sends.len() > self.most_sends
+    }
+
+    /// The hook that began here failed: what it asked for is not to be done.
+    pub(crate) fn go_back(&mut self, to: Mark) {
+        let Mark { sends, hold, ready, healthy } = to;
+        self.sends.truncate(sends);
+        (self.hold, self.ready, self.healthy) = (hold, ready, healthy);
     }
 }
 
@@ -220,7 +243,7 @@ impl Link<'_> {
     /// One call of a hook may send 4,096 messages; more ends the epoch.
     pub fn send(&mut self, message: impl Into<Outgoing>) {
         // One above the limit is kept, so that the connection sees the excess.
-        if self.acts.sends.len() <= MAX_SENDS {
+        if self.acts.sends.len() <= self.acts.most_sends {
             self.acts.sends.push(message.into());
         }
     }
@@ -470,6 +493,33 @@ impl From<String> for Request {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_hook_may_send_its_share_and_what_a_failed_one_asked_for_is_taken_back() {
+        struct Nowhere;
+        impl Sink for Nowhere {
+            fn emit(&mut self, _: Payload<'_>, _: Option<&[u8]>) {}
+        }
+        let origin = Origin { connection: 0, epoch: 1, subprotocol: None, headers: &[] };
+        let mut acts = Acts::default();
+        let send = |acts: &mut Acts, count: usize| {
+            let before = acts.begin();
+            let mut link = Link { origin, resume: None, acts, sink: &mut Nowhere };
+            (0..count).for_each(|_| link.send("x"));
+            link.ready();
+            before
+        };
+        for share in 1..=3 {
+            send(&mut acts, MAX_SENDS);
+            assert!(!acts.are_too_many() && acts.sends.len() == share * MAX_SENDS);
+        }
+        acts.ready = false;
+        let before = send(&mut acts, MAX_SENDS + 5);
+        assert!(acts.are_too_many() && acts.ready);
+        assert_eq!(acts.sends.len(), 4 * MAX_SENDS + 1, "the excess is not kept");
+        acts.go_back(before);
+        assert!(!acts.ready && !acts.hold && acts.sends.len() == 3 * MAX_SENDS);
+    }
 
     #[test]
     fn debug_output_hides_header_values_queries_and_payloads() {

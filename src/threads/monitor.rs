@@ -178,6 +178,12 @@ impl Monitor {
     /// A connection's thread ended: joins it and decides what follows.
     fn ended(&mut self, index: usize) {
         let Some(handle) = self.children[index].handle.take() else { return };
+        // The timer ends beside the last connection, unless a look-up is still to be
+        // waited for.
+        let is_last = self.children.iter().all(|child| child.handle.is_none());
+        if self.closing.is_some() && is_last && self.lookups.is_empty() {
+            self.shared.timer.stop();
+        }
         let end = handle.join().unwrap_or_else(|payload| {
             let phrase = format!("its thread panicked: {}", panic_text(&*payload));
             ThreadEnd::Unrecoverable(Error::new(ErrorKind::Panicked, phrase))

@@ -300,8 +300,11 @@ impl Queue {
             }
             let mut intake = self.intake();
             let Some(dedup) = &mut intake.dedup else { return };
-            // Their lines were touched long ago: the waits for them overlap.
-            dedup.touch(group[..count].iter().copied());
+            // Their lines were touched long ago: the waits for them overlap. Of those
+            // in the order of their arrival no line is needed.
+            if !(success && dedup.is_done_next(group[0])) {
+                dedup.touch(group[..count].iter().copied());
+            }
             for id in &group[..count] {
                 if success {
                     dedup.done(*id);

@@ -80,23 +80,31 @@ impl Guest {
         resume: Option<&Resume>,
         sink: &mut dyn Sink,
     ) -> Outcome {
-        self.call("Session::on_open", origin, resume, sink, |session, link| session.on_open(link))
+        let mut acts = Acts::default();
+        let open = |session: &mut dyn Session, link: &mut Link<'_>| session.on_open(link);
+        let failure = self.call("Session::on_open", origin, resume, sink, &mut acts, open);
+        Outcome { acts, failure }
     }
 
+    /// What it asks for comes to `acts`, behind what earlier messages did; nothing
+    /// does when it fails.
+    #[inline]
     pub(super) fn on_message(
         &mut self,
         data: Data<'_>,
         origin: Origin<'_>,
         resume: Option<&Resume>,
         gather: &mut Gather<'_>,
-    ) -> Outcome {
+        acts: &mut Acts,
+    ) -> Option<Failure> {
         let before = gather.sequence;
-        let outcome = self.call("Session::on_message", origin, resume, gather, |session, link| {
+        let call = "Session::on_message";
+        let failure = self.call(call, origin, resume, gather, acts, |session, link| {
             session.on_message(data, link)
         });
         gather.messages += 1;
         gather.skipped += u64::from(gather.sequence == before);
-        outcome
+        failure
     }
 
     pub(super) fn on_heartbeat(
@@ -105,31 +113,35 @@ impl Guest {
         resume: Option<&Resume>,
         sink: &mut dyn Sink,
     ) -> Outcome {
-        self.call("Session::on_heartbeat", origin, resume, sink, |session, link| {
-            session.on_heartbeat(link)
-        })
+        let mut acts = Acts::default();
+        let beat = |session: &mut dyn Session, link: &mut Link<'_>| session.on_heartbeat(link);
+        let failure = self.call("Session::on_heartbeat", origin, resume, sink, &mut acts, beat);
+        Outcome { acts, failure }
     }
 
+    #[inline]
     fn call(
         &mut self,
         hook: &'static str,
         origin: Origin<'_>,
         resume: Option<&Resume>,
         sink: &mut dyn Sink,
+        acts: &mut Acts,
         run: impl FnOnce(&mut dyn Session, &mut Link<'_>) -> Result<(), BoxError>,
-    ) -> Outcome {
-        let mut acts = Acts::default();
-        let Some(session) = &mut self.session else { return Outcome { acts, failure: None } };
-        let mut link = Link { origin, resume, acts: &mut acts, sink };
-        let failure = match contained(|| run(&mut **session, &mut link)) {
-            Ok(Ok(())) if acts.sends.len() > MAX_SENDS => {
-                Some(failed(hook, format!("it sent more than {MAX_SENDS} messages at once")))
-            }
-            Ok(Ok(())) => None,
-            Ok(Err(error)) => Some(failed(hook, error)),
-            Err(message) => Some(panicked(hook, message)),
-        };
-        Outcome { acts, failure }
+    ) -> Option<Failure> {
+        let session = self.session.as_mut()?;
+        let before = acts.begin();
+        let mut link = Link { origin, resume, acts, sink };
+        let result = contained(|| run(&mut **session, &mut link));
+        if matches!(result, Ok(Ok(()))) && !acts.are_too_many() {
+            return None;
+        }
+        acts.go_back(before);
+        Some(match result {
+            Ok(Ok(())) => failed(hook, format!("it sent more than {MAX_SENDS} messages at once")),
+            Ok(Err(error)) => failed(hook, error),
+            Err(message) => panicked(hook, message),
+        })
     }
 }
 

@@ -14,8 +14,14 @@ use super::stats::PipelineEvent;
 use super::{Flow, Phase, Tick, count, lock};
 use crate::logic::batch::{BatchPolicy, Batches, Ready};
 use crate::metrics::{Counter, Gauge};
+use crate::threads::timer::Alarm;
 use crate::threads::{contained, contained_user};
 use crate::work::{Batch, BatchEntry, Failure, FailureKind, Handler, Ticket, ToBatch, Trigger};
+
+/// Closed batches that may wait for any worker, beside one for each. If there were
+/// room for that one only, each batch would put one of two threads to sleep and wake
+/// it, which takes longer than to handle a quick one.
+const AHEAD: usize = 16;
 
 /// A user's function that weighs an item.
 pub(crate) type Weigh<T> = Arc<dyn Fn(&T) -> usize + Send + Sync>;
@@ -54,6 +60,8 @@ pub(crate) struct Batcher<T> {
     grouping: Mutex<Grouping<T>>,
     /// Batches that any worker may take, and those that one must.
     shared: Channel<Closed<T>>,
+    /// Of the former, not many wait any more.
+    room: Tick,
     own: Vec<Channel<Closed<T>>>,
     homes: Mutex<Homes>,
     /// Items out of the inbox that no worker has taken yet.
@@ -91,7 +99,8 @@ impl<T: Send + 'static> Batcher<T> {
             weigh,
             inbox: Inbox::new(queue),
             grouping: Mutex::new(Grouping { taken: VecDeque::new(), open: Batches::new(policy) }),
-            shared: bounded(concurrency),
+            shared: bounded(concurrency + AHEAD),
+            room: Tick::new(),
             // As long as a lane: a slow worker holds up others only when it is full.
             own: (0..concurrency).map(|_| bounded(queue)).collect(),
             homes: Mutex::new(Homes { count: concurrency, settled: false }),
@@ -256,15 +265,43 @@ impl<T: Send + 'static> Batcher<T> {
             self.batches[place(trigger)].add(1);
             self.batched.add(len as u64);
             flow.emit(PipelineEvent::Batch { batcher: self.name.to_string(), len, trigger });
-            let sender =
-                batch.key.worker.map_or(&self.shared.0, |worker| &self.own[usize::from(worker)].0);
-            if let Some(batch) = send_or_stop(flow, sender, batch) {
+            let left = match batch.key.worker {
+                None => self.share_or_stop(flow, batch),
+                Some(worker) => send_or_stop(flow, &self.own[usize::from(worker)].0, batch),
+            };
+            if let Some(batch) = left {
                 let left = std::iter::once(batch).chain(closed);
                 left.flat_map(|batch| batch.items).for_each(|entry| flow.discard(entry.item));
                 return false;
             }
         }
         true
+    }
+
+    /// Queues a batch for any worker. Where that has to wait for room, it is until
+    /// there is some for many more; hands the batch back when stopped first.
+    fn share_or_stop<H: Handler<Item = T>>(
+        &self,
+        flow: &Flow<H>,
+        mut batch: Closed<T>,
+    ) -> Option<Closed<T>> {
+        loop {
+            match self.shared.0.try_send(batch) {
+                Ok(()) => return None,
+                Err(error) => batch = error.into_inner(),
+            }
+            select! {
+                recv(self.room.receiver) -> _ => {}
+                recv(flow.stop.signal) -> _ => return Some(batch),
+            }
+        }
+    }
+
+    /// A worker has taken a batch that any might.
+    fn taken(&self) {
+        if self.shared.1.len() <= self.shared.1.capacity().unwrap_or(0) / 2 {
+            self.room.fire();
+        }
     }
 }
 
@@ -300,6 +337,7 @@ pub(crate) fn work<H: Handler>(flow: &Arc<Flow<H>>, name: &Arc<str>, slot: &Slot
                 handle(flow, batcher, slot, batch);
             },
             recv(batcher.shared.1) -> batch => if let Ok(batch) = batch {
+                batcher.taken();
                 handle(flow, batcher, slot, batch);
             },
             recv(slot.retired) -> _ => {}
@@ -401,5 +439,33 @@ pub(crate) fn place(trigger: Trigger) -> usize {
         Trigger::Flush => 2,
         Trigger::Keys => 3,
         Trigger::Drain => 4,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn there_is_room_for_batches_again_when_half_of_those_that_wait_are_taken() {
+        let policy = BatchPolicy { limit: 1, timeout: Duration::MAX, max_keys: 1 };
+        let batcher = Batcher::<()>::new("all".into(), policy, 2, 1, None);
+        let closed = || Closed::<()> {
+            key: Group { key: None, worker: None },
+            items: Vec::new(),
+            trigger: Trigger::Size,
+        };
+        for _ in 0..2 {
+            while batcher.shared.0.try_send(closed()).is_ok() {}
+            assert_eq!(batcher.shared.1.len(), 2 + AHEAD);
+            for left in (0..2 + AHEAD).rev() {
+                assert!(batcher.shared.1.try_recv().is_ok());
+                batcher.taken();
+                let has_room = !batcher.room.receiver.is_empty();
+                assert_eq!(has_room, left <= 1 + AHEAD / 2, "{left} wait");
+            }
+            assert!(batcher.room.receiver.try_recv().is_ok() && batcher.room.receiver.is_empty());
+        }
     }
 }

@@ -293,6 +293,8 @@ impl<H: Handler> Supervisor<H> {
 
     fn finish(&mut self) {
         self.flow.enter(Phase::Stopped);
+        // What waits now waits for the stop too: the timer ends beside the others.
+        self.flow.timer.stop();
         let end = self.flow.end().unwrap_or_else(|| self.flow.clock.now() + END);
         self.settle_rest();
         self.wait_for_threads(end);
@@ -333,7 +335,6 @@ impl<H: Handler> Supervisor<H> {
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
             }
         }
-        self.flow.timer.stop();
     }
 
     /// Joins what has ended; names what has not.

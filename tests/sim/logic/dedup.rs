@@ -31,6 +31,10 @@ impl Dedup {
         self.0.done(id);
     }
 
+    pub(crate) fn is_done_next(&self, id: u128) -> bool {
+        self.0.is_done_next(id)
+    }
+
     pub(crate) fn forget(&mut self, id: u128) -> bool {
         !planted(Bug::FailureNotForgotten) && self.0.forget(id)
     }

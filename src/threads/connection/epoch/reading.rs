@@ -134,19 +134,14 @@ impl Epoch<'_> {
         gather: &mut Gather<'_>,
         most: usize,
     ) -> (usize, Result<bool, EpochEnd>) {
-        let mut all = Outcome { acts: Acts::default(), failure: None };
+        let (mut acts, mut failure) = (Acts::default(), None);
         let Self { ws, upgraded, resume, connection, number, .. } = self;
         let origin = origin(connection.index, *number, upgraded);
         let (shown, read) = ws.show_run(most, |payload| {
-            let outcome = guest.on_message(payload.data(), origin, resume.as_ref(), gather);
-            all.failure = outcome.failure;
-            if all.failure.is_none() {
-                all.acts.join(outcome.acts);
-            }
-            all.failure.is_none()
+            failure = guest.on_message(payload.data(), origin, resume.as_ref(), gather, &mut acts);
+            failure.is_none()
         });
-        let failure = all.failure.take();
-        let mut done = self.carry_out(all);
+        let mut done = self.carry_out(Outcome { acts, failure: None });
         if let (Ok(()), Some(failure)) = (&done, failure) {
             done = Err(self.fail(failure));
         }
@@ -168,7 +163,10 @@ impl Epoch<'_> {
                 return;
             }
             let origin = origin(connection.index, *number, upgraded);
-            outcome = Some(guest.on_message(payload.data(), origin, resume.as_ref(), gather));
+            let mut acts = Acts::default();
+            let failure =
+                guest.on_message(payload.data(), origin, resume.as_ref(), gather, &mut acts);
+            outcome = Some(Outcome { acts, failure });
         });
         (read, outcome)
     }
