@@ -9,7 +9,7 @@ use crate::event::{Event, EventKind, State};
 use crate::kernel::Kernel;
 use crate::logic::overflow::Overflow;
 use crate::metrics::{ConnectionMetrics, Ledger};
-use crate::server::{MAX_REDIRECTS, Said, Server, redirects};
+use crate::server::{LONGEST_DELAY, MAX_REDIRECTS, Said, Server, redirects};
 use crate::simnet::Life;
 
 /// What turns, hooks and the order of coroutines may add to any deadline.
@@ -597,8 +597,11 @@ fn watch(k: &mut Kernel, sock: usize, setup: &Setup) {
     let conn = &k.ck.conns[index];
     let server = &k.sv.socks[&sock];
     let idle = it.last_arrival.max(it.last_read).max(conn.unblocked).max(conn.upgraded);
+    // What was on its way when the world healed takes as long as it was to.
+    let slow = server.pinged.is_some_and(|at| at <= k.sv.healed_at);
+    let delay = if slow { LONGEST_DELAY } else { it.delay.1 };
     if let Some(at) = server.pinged
-        && k.now > at.max(idle) + 2 * (it.delay.1 + SLACK)
+        && k.now > at.max(idle) + 2 * (delay + SLACK)
         && !silent
         && server.is_open()
         && it.tx_full_since.is_none()

@@ -15,6 +15,9 @@ const SECOND: u64 = 1_000_000_000;
 /// Redirects that a client follows.
 pub(crate) const MAX_REDIRECTS: u32 = 3;
 
+/// Nanoseconds that a slow network takes at most, one way.
+pub(crate) const LONGEST_DELAY: u64 = 4000 * MS;
+
 /// The payloads of a server's pings.
 const PINGS: [&[u8]; 3] = [b"early", b"between", b"0123456789"];
 
@@ -908,7 +911,7 @@ pub(crate) fn mishap(k: &mut Kernel, sock: usize) {
         10 => k.sv.socks.get_mut(&sock).unwrap().mute = Some(now),
         11 => k.soon(0, Ev::Flood(sock, 3000)),
         12 => k.sv.socks.get_mut(&sock).unwrap().idle = true,
-        13 => k.net.socks[sock].delay = (100 * MS, 4000 * MS),
+        13 => k.net.socks[sock].delay = (100 * MS, LONGEST_DELAY),
         14 => {
             // Half-closed: it still reads.
             send_down(k, sock, Arrival::Fin);
