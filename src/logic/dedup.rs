@@ -392,6 +392,9 @@ impl Dedup {
         }
         self.lines = vec![Line::default(); lines];
         self.spill.clear();
+        // What is too old to count has lost its slot, perhaps, and is here twice, if
+        // it came again since: found first, it would hide the one that counts.
+        let latest = self.times.iter().copied().max().unwrap_or(0);
         // All of them were accepted one after the other.
         let (end, last) = (self.next, self.number);
         let mut number = last.wrapping_sub(end as u32) & self.numbers;
@@ -400,10 +403,11 @@ impl Dedup {
             self.next = at;
             number = self.following();
             let key = self.ring[at];
-            if key.is(HELD) {
+            let counts = key.is(HELD) && self.is_young(at, latest);
+            self.ring[at] = Key::default();
+            if counts {
                 let done = key.high & DONE;
                 let accepted = self.times.get(at).copied().unwrap_or(0);
-                self.ring[at] = Key::default();
                 self.enter(key.plain(), number, accepted);
                 self.ring[at].high |= done;
             }
@@ -565,6 +569,38 @@ mod tests {
 
     fn secs(secs: u64) -> Duration {
         Duration::from_secs(secs)
+    }
+
+    /// The slot of an id that is too old to count may be another's by now, and then
+    /// the ring has it twice.
+    #[test]
+    fn an_id_that_came_back_after_its_time_is_one_id_when_the_window_grows() {
+        let ttl = Duration::from_secs(10);
+        let start = some_instant();
+        let mut dedup = Dedup::new(1 << 20, Some(ttl));
+        let id = |n: u64| {
+            let mix = |n: u64| {
+                let n = (n ^ (n >> 31)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+                (n ^ (n >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9)
+            };
+            u128::from(mix(n)) << 64 | u128::from(mix(n + 1_000_000_007))
+        };
+        for n in 0..4_000 {
+            assert!(dedup.accept(id(n), start));
+        }
+        let later = start + 2 * ttl;
+        for n in 4_000..8_000 {
+            assert!(dedup.accept(id(n), later));
+        }
+        for n in 0..4_000 {
+            assert!(dedup.accept(id(n), later), "{n} is too old to count");
+        }
+        for n in 8_000..40_000 {
+            assert!(dedup.accept(id(n), later));
+        }
+        for n in 0..40_000 {
+            assert!(!dedup.accept(id(n), later), "{n} came just now");
+        }
     }
 
     #[test]
