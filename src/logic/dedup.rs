@@ -327,6 +327,11 @@ impl Dedup {
         let slot = key.slot(number, self.numbers);
         let flags = match self.free(index, now) {
             Some(way) => {
+                // Too old to count: without a slot it would not be found when it
+                // comes again, and lie in the ring twice.
+                if let Some(old) = self.tenant(index, way) {
+                    self.ring[old] = Key::default();
+                }
                 self.lines[index].fill(way, slot);
                 0
             }
@@ -348,14 +353,18 @@ impl Dedup {
 
     /// Whether a slot says where an id is that counts.
     fn is_needed(&self, index: usize, way: usize, now: u64) -> bool {
+        self.tenant(index, way).is_some_and(|at| self.is_young(at, now))
+    }
+
+    /// Where in the ring the id is that a slot was filled for, if it is there.
+    fn tenant(&self, index: usize, way: usize) -> Option<usize> {
         let slot = self.lines[index].0[way];
-        self.place_of(slot).is_some_and(|at| {
-            let key = self.ring[at];
+        self.place_of(slot).filter(|at| {
+            let key = self.ring[*at];
             key.is(HELD)
                 && !key.is(SPILLED)
                 && key.index(self.lines.len()) == index
                 && key.slot(slot, self.numbers) == slot
-                && self.is_young(at, now)
         })
     }
 
@@ -392,9 +401,6 @@ impl Dedup {
         }
         self.lines = vec![Line::default(); lines];
         self.spill.clear();
-        // What is too old to count has lost its slot, perhaps, and is here twice, if
-        // it came again since: found first, it would hide the one that counts.
-        let latest = self.times.iter().copied().max().unwrap_or(0);
         // All of them were accepted one after the other.
         let (end, last) = (self.next, self.number);
         let mut number = last.wrapping_sub(end as u32) & self.numbers;
@@ -403,11 +409,10 @@ impl Dedup {
             self.next = at;
             number = self.following();
             let key = self.ring[at];
-            let counts = key.is(HELD) && self.is_young(at, latest);
-            self.ring[at] = Key::default();
-            if counts {
+            if key.is(HELD) {
                 let done = key.high & DONE;
                 let accepted = self.times.get(at).copied().unwrap_or(0);
+                self.ring[at] = Key::default();
                 self.enter(key.plain(), number, accepted);
                 self.ring[at].high |= done;
             }
@@ -569,38 +574,6 @@ mod tests {
 
     fn secs(secs: u64) -> Duration {
         Duration::from_secs(secs)
-    }
-
-    /// The slot of an id that is too old to count may be another's by now, and then
-    /// the ring has it twice.
-    #[test]
-    fn an_id_that_came_back_after_its_time_is_one_id_when_the_window_grows() {
-        let ttl = Duration::from_secs(10);
-        let start = some_instant();
-        let mut dedup = Dedup::new(1 << 20, Some(ttl));
-        let id = |n: u64| {
-            let mix = |n: u64| {
-                let n = (n ^ (n >> 31)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-                (n ^ (n >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9)
-            };
-            u128::from(mix(n)) << 64 | u128::from(mix(n + 1_000_000_007))
-        };
-        for n in 0..4_000 {
-            assert!(dedup.accept(id(n), start));
-        }
-        let later = start + 2 * ttl;
-        for n in 4_000..8_000 {
-            assert!(dedup.accept(id(n), later));
-        }
-        for n in 0..4_000 {
-            assert!(dedup.accept(id(n), later), "{n} is too old to count");
-        }
-        for n in 8_000..40_000 {
-            assert!(dedup.accept(id(n), later));
-        }
-        for n in 0..40_000 {
-            assert!(!dedup.accept(id(n), later), "{n} came just now");
-        }
     }
 
     #[test]
@@ -779,6 +752,33 @@ mod tests {
     /// Ids of one line, however many there are; most of them are unlike each other.
     fn same(n: u128) -> u128 {
         (n + 1).wrapping_mul(0x9e37_79b9) & 0xffff_ffff
+    }
+
+    #[test]
+    fn an_id_that_came_back_after_its_time_is_there_once_when_the_window_grows() {
+        let (start, later) = (some_instant(), some_instant() + secs(20));
+        let mut window = Dedup::new(1 << 20, Some(secs(10)));
+        assert!(window.accept(same(0), start));
+        // They share its line until there are more, and take its slot.
+        let beside = |n: u128| same(n) | 1 << (64 + 27);
+        assert!((1..=15).all(|n| window.accept(beside(n), later)));
+        assert!(window.accept(same(0), later), "too old to count");
+        let lines = window.lines.len();
+        assert!((0..100).all(|n| window.accept(spread(n), later)));
+        assert!(window.lines.len() > lines && !window.accept(same(0), later));
+    }
+
+    #[test]
+    fn an_id_that_came_back_after_its_time_is_done_where_it_counts() {
+        let (start, later) = (some_instant(), some_instant() + secs(20));
+        let mut window = Dedup::new(100, Some(secs(10)));
+        let before = u128::from(u32::MAX >> 1) << 64;
+        assert!(window.accept(before, start) && window.accept(same(0), start));
+        assert!((1..40).all(|n| window.accept(same(n), later)));
+        assert!(window.accept(same(0), later));
+        window.done(before);
+        window.done(same(0));
+        assert_eq!(window.state(same(0), later), Some(Processing::Done));
     }
 
     #[test]
@@ -988,7 +988,7 @@ mod tests {
     proptest! {
         #[test]
         fn the_window_is_exact_whichever_path_an_id_takes(
-            capacity in 1usize..90,
+            capacity in 1usize..300,
             ttl in prop::option::of(1u64..40),
             first in prop_oneof![Just(0u32), 1u32..5000],
             steps in prop::collection::vec((0u8..40, crowded(), 0u64..6), 1..600),
