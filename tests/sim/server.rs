@@ -994,6 +994,16 @@ pub(crate) fn flood(k: &mut Kernel, sock: usize, left: u32) {
     k.soon(20 * MS, Ev::Flood(sock, left - some));
 }
 
+/// Whether a fault of this rate strikes now: none does once the world has healed.
+pub(crate) fn strikes(k: &mut Kernel, fault: &str, rate: impl Fn(&Rates) -> f64) -> bool {
+    let p = if k.sv.healed { 0.0 } else { rate(&k.sv.rates) };
+    let strikes = p > 0.0 && k.chance(p);
+    if strikes {
+        k.fault(fault);
+    }
+    strikes
+}
+
 /// From now on nothing goes wrong any more; what is dead stays dead.
 pub(crate) fn heal(k: &mut Kernel) {
     k.sv.healed = true;

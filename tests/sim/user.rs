@@ -9,6 +9,7 @@ use crate::event::EventKind;
 use crate::faults::{self, Call, Fault, fault};
 use crate::handler::{Attempt, Data, Link, Request, Session};
 use crate::kernel::{self, Kernel, with};
+use crate::server;
 
 /// The session of a world: says where to resume, waits for its welcome.
 #[derive(Default)]
@@ -141,12 +142,7 @@ pub(crate) fn resolver(host: &str, port: u16) -> std::io::Result<Vec<SocketAddr>
 
 /// Now and then a call never comes back.
 fn may_hang() {
-    let hangs = with(|k| {
-        let p = if k.sv.healed { 0.0 } else { k.sv.rates.hang };
-        p > 0.0 && k.chance(p)
-    });
-    if hangs {
-        with(|k| k.fault("user code never returns"));
+    if with(|k| server::strikes(k, "user code never returns", |rates| rates.hang)) {
         faults::hang();
     }
 }

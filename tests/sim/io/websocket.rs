@@ -8,6 +8,7 @@ mod real;
 use crate::error::Error;
 use crate::handler::Outgoing;
 use crate::message::{BlockBuilder, Payload};
+use crate::server;
 use poll::{Poller, Ready};
 pub(crate) use real::{Incoming, Limits, Sent};
 use socket::{Socket, Stream};
@@ -64,12 +65,7 @@ impl Turn {
 
 /// A panic that nothing contains: it ends the thread, with a block half built.
 fn may_panic() {
-    let panics = with(|k| {
-        let p = if k.sv.healed { 0.0 } else { k.sv.rates.panic };
-        p > 0.0 && k.chance(p)
-    });
-    if panics {
-        with(|k| k.fault("reader panics"));
+    if with(|k| server::strikes(k, "reader panics", |rates| rates.panic)) {
         panic!("planned panic of a reader");
     }
 }
