@@ -503,10 +503,10 @@ mod overflow {
 
     /// A queue of as many messages has blocks of one.
     const SMALL: u64 = 8;
-    /// What a connection holds beside it.
-    const HELD: u64 = 16;
+    /// What a connection may hold beside it, and still connect.
+    const HELD: u64 = 15;
 
-    /// Never ready before its welcome, and says when a thread can hold no more.
+    /// Never ready before its welcome, and says when a thread can hold one more, and none.
     struct Patient;
 
     impl Session for Patient {
@@ -520,8 +520,9 @@ mod overflow {
                 Data::Text("welcome") => link.ready(),
                 _ => link.emit(data),
             }
-            if data.as_bytes() == json(SMALL + HELD - 1).as_bytes() {
-                link.send("full");
+            let nearly = data.as_bytes() == json(SMALL + HELD - 1).as_bytes();
+            if nearly || data.as_bytes() == json(SMALL + HELD).as_bytes() {
+                link.send(if nearly { "nearly full" } else { "full" });
             }
             Ok(())
         }
@@ -535,9 +536,9 @@ mod overflow {
         builder.ping_interval(ms(10)).pong_timeout(LONG)
     }
 
-    /// Fills the queue and what a thread may hold, and cuts.
+    /// Fills the queue and most of what a thread may hold, and cuts.
     fn fills() -> Script {
-        up().numbers(0..SMALL + HELD).expect("full").cut()
+        up().numbers(0..SMALL + HELD).expect("nearly full").cut()
     }
 
     fn wait_restarting(events: &Receiver<Event>) {
@@ -557,10 +558,31 @@ mod overflow {
         while got.last() != Some(&109) {
             got.push(number(&next(&client)));
         }
-        assert_eq!(got, (0..full).chain(100..110).collect::<Vec<_>>());
+        // The second thread read the one that it could hold.
+        assert_eq!(got, (0..=full).chain(100..110).collect::<Vec<_>>());
         let metrics = close(&client).metrics;
         assert_eq!((metrics.ledger.dropped, metrics.ledger.in_flight), (0, 0), "{metrics:?}");
         assert_eq!(metrics.restarts, 2);
+    }
+
+    #[test]
+    fn a_connection_that_could_hold_no_more_tried_to_connect_although_no_session_could_open() {
+        // As much as it may hold, and then a server that would have to be read.
+        let server = serve([
+            up().numbers(0..=SMALL + HELD).expect("nearly full").expect("full").cut(),
+            up().numbers(100..110).send("welcome"),
+        ]);
+        let builder = builder(&server).queue(SMALL as usize).session(|| Patient);
+        // While nothing is read, a ping finds out that the server has cut.
+        let client = start(builder.ping_interval(ms(10)).pong_timeout(LONG));
+        let events = client.events();
+        find(&events, |event| matches!(event.kind, EventKind::AttemptFailed { .. }).then_some(()));
+        // Time enough for an attempt that nothing comes of.
+        thread::sleep(ms(300));
+        assert_eq!((server.requests().len(), client.metrics().attempts()), (1, 1));
+        let got = numbers(&client, (SMALL + HELD + 11) as usize);
+        assert_eq!(got, (0..=SMALL + HELD).chain(100..110).collect::<Vec<_>>());
+        assert_eq!(close(&client).metrics.ledger.dropped, 0);
     }
 
     #[test]

@@ -240,7 +240,7 @@ fn transition(k: &mut Kernel, at: u64, index: usize, epoch: u64, from: State, to
     let setup = k.ck.setup.clone();
     k.ck.transitions += 1;
     let conn = &mut k.ck.conns[index];
-    let (known, attempt, due) = (conn.state(), conn.attempt, conn.due);
+    let (known, attempt, due, room) = (conn.state(), conn.attempt, conn.due, conn.unblocked);
     conn.state = Some(to);
     if from != known || !legal(from, to, ending) {
         k.broken("legal-transitions", || format!("conn {index}: {from} -> {to}, was {known}"));
@@ -258,7 +258,7 @@ fn transition(k: &mut Kernel, at: u64, index: usize, epoch: u64, from: State, to
     match to {
         State::Connecting => {
             if let Some((low, high)) = due
-                && (at + 1000 < low || at > high + SLACK)
+                && (at + 1000 < low || at > high.max(room) + SLACK)
             {
                 let (at, low, high) = (at / 1_000_000, low / 1_000_000, high / 1_000_000);
                 k.broken("back-off-kept", || format!("conn {index}: {at} not in {low}..{high}"));
@@ -542,6 +542,8 @@ pub(crate) fn sweep(k: &mut Kernel) {
     for index in (0..k.ck.conns.len()).filter(|index| !k.is_hung(*index)).collect::<Vec<_>>() {
         let conn = &k.ck.conns[index];
         let (state, attempt, due) = (conn.state(), conn.attempt, conn.due);
+        // Who can hold back no more waits for room, and then goes on.
+        let (waits, room) = (conn.blocked, conn.unblocked);
         // Who is closed without time has none to tell its last states.
         let told = !k.ck.in_haste;
         let dialing = matches!(state, State::Connecting | State::Opening);
@@ -550,8 +552,9 @@ pub(crate) fn sweep(k: &mut Kernel) {
         }
         let over = k.ck.closing.is_some() || k.ck.failed.is_some();
         if let Some((_, high)) = due
-            && now > high + SLACK
+            && now > high.max(room) + SLACK
             && !over
+            && !waits
             && matches!(state, State::Reconnecting | State::Disconnected)
         {
             k.broken("tries-again", || format!("conn {index} sleeps in {state}"));

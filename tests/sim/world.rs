@@ -765,7 +765,8 @@ impl World {
         let now = with(|k| k.now);
         if with(|k| !k.wk.over) {
             match with(|k| k.wk.stopping) {
-                Some(by) if now > by + 2 * SECOND => {
+                // One that failed has five seconds from then on.
+                Some(by) if now > by + 7 * SECOND => {
                     with(|k| k.broken("stop-in-time", || "it never comes back".to_owned()));
                 }
                 Some(_) => {}

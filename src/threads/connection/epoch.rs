@@ -303,7 +303,11 @@ impl<'c> Epoch<'c> {
         }
         if self.opening.is_some_and(|deadline| now >= deadline) {
             let limit = self.connection.shared.policy.dial.connect_timeout;
-            return Err(timed_out(Step::Opening, &"the server", limit).into());
+            let whom = match self.connection.held.is_full() {
+                true => "the server, which is not read for as the queue is full,",
+                false => "the server",
+            };
+            return Err(timed_out(Step::Opening, &whom, limit).into());
         }
         while let Some(beat) = self.live.on_time(now) {
             match beat {

@@ -142,6 +142,11 @@ impl Connection {
     pub(crate) fn run(mut self) -> ThreadEnd {
         self.hear();
         while self.closing.is_none() {
+            match self.await_room() {
+                Ok(()) => {}
+                Err(DialEnd::Stopped) => break,
+                Err(DialEnd::Failed(error)) => return ThreadEnd::Unrecoverable(error),
+            }
             match self.attempt() {
                 EpochEnd::Closed => break,
                 EpochEnd::Lost(error) => match self.lost(error) {
@@ -157,6 +162,19 @@ impl Connection {
         self.tell_all_shed();
         self.step(Input::Closed, "closed");
         ThreadEnd::Closed
+    }
+
+    /// Waits with the next attempt as long as nothing could be read: a session that
+    /// must hear from its server would not open.
+    fn await_room(&mut self) -> Result<(), DialEnd> {
+        if !self.held.is_full() || self.offer_held() {
+            return Ok(());
+        }
+        log::info!("connection {} waits with connecting until the queue has room", self.index);
+        while !self.held.is_empty() {
+            self.wait(&mut |_| {})?;
+        }
+        Ok(())
     }
 
     /// One epoch, from its request to the loss of its socket.
@@ -289,6 +307,21 @@ impl Connection {
         }
     }
 
+    /// Waits for the poller, or for what is posted; `Stopped` when the client closes.
+    fn wait(&mut self, tell: &mut dyn FnMut(Ready)) -> Result<(), DialEnd> {
+        let inbox = &self.shared.connections[self.index].inbox;
+        let waited = self.poller.wait(|| inbox.posted(false), tell);
+        self.hear();
+        self.offer_held();
+        if self.closing.is_some() {
+            return Err(DialEnd::Stopped);
+        }
+        waited.map_err(|error| {
+            Error::caused(ErrorKind::Io(error.kind()), "waiting for the socket failed", error)
+                .into()
+        })
+    }
+
     /// Offers what is held; `true` when nothing is held any more.
     fn offer_held(&mut self) -> bool {
         if self.held.is_empty() {
@@ -390,17 +423,7 @@ impl Driver for Connection {
 
     fn park(&mut self, until: Instant, tell: &mut dyn FnMut(Ready)) -> Result<(), DialEnd> {
         self.arm(until);
-        let inbox = &self.shared.connections[self.index].inbox;
-        let waited = self.poller.wait(|| inbox.posted(false), tell);
-        self.hear();
-        self.offer_held();
-        if self.closing.is_some() {
-            return Err(DialEnd::Stopped);
-        }
-        waited.map_err(|error| {
-            Error::caused(ErrorKind::Io(error.kind()), "waiting for the socket failed", error)
-                .into()
-        })
+        self.wait(tell)
     }
 
     fn look_up(
