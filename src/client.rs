@@ -469,3 +469,47 @@ impl<'c> IntoIterator for &'c Client {
 fn shut_down() -> Error {
     Error::new(ErrorKind::Shutdown, "the client is closed")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::{BlockBuilder, Payload};
+    use crate::threads::connection::Connection;
+    use crate::threads::held::{Held, Left};
+    use crate::threads::queue::Offer;
+
+    const LONG: Duration = Duration::from_secs(30);
+
+    #[test]
+    fn room_that_came_before_a_thread_ran_was_not_used_until_its_look_up_ended() {
+        let (lookup_ends, ends) = bounded::<()>(1);
+        let builder = Client::builder("ws://example.invalid/").queue(1).resolver(move |_, _| {
+            let _ = ends.recv_timeout(2 * LONG);
+            Err(std::io::Error::other("no such host"))
+        });
+        let (notices, _monitor) = bounded(NOTICES);
+        let shared = Arc::new(share(builder.parse().unwrap(), Spawner::new(notices)));
+        let now = shared.clock.now();
+        let mut held = Held::default();
+        for n in 1..=2 {
+            let mut block = BlockBuilder::new(0, 1, now);
+            block.push(Payload::Text("x"), n, None);
+            if let Offer::Held(block) = shared.queue.offer(block, 0, false, now) {
+                held.push(block);
+            }
+        }
+        assert!(!held.is_empty());
+        shared.connections[0].estate.leave(Left { held, ..Left::default() }).unwrap();
+        // It listens, room comes, and only then its thread runs.
+        let connection = Connection::new(Arc::clone(&shared), 0).unwrap();
+        shared.queue.try_recv().unwrap();
+        let body = move || connection.run();
+        let thread = shared.spawner.spawn("broadsock-conn-0", 0, body).unwrap();
+        let second = shared.queue.recv(Some(shared.clock.now() + LONG));
+        assert_eq!(second.unwrap().metadata().sequence, 2);
+        let end = Some(shared.clock.now());
+        shared.connections[0].inbox.post(|signals| signals.close = end);
+        lookup_ends.send(()).unwrap();
+        thread.join().unwrap();
+    }
+}

@@ -578,7 +578,7 @@ mod overflow {
         let events = client.events();
         find(&events, |event| matches!(event.kind, EventKind::AttemptFailed { .. }).then_some(()));
         // Time enough for an attempt that nothing comes of.
-        thread::sleep(ms(300));
+        assert!(client.wait_connected(ms(300)).is_err());
         assert_eq!((server.requests().len(), client.metrics().attempts()), (1, 1));
         let got = numbers(&client, (SMALL + HELD + 11) as usize);
         assert_eq!(got, (0..=SMALL + HELD).chain(100..110).collect::<Vec<_>>());

@@ -153,6 +153,51 @@ fn a_graceful_stop_under_a_flood_accounts_for_every_message_of_client_and_pipeli
 }
 
 #[test]
+fn a_drain_never_ended_when_a_thread_that_read_no_more_was_replaced() {
+    let server = Server::script([
+        Script::new().upgrade().send("first").hold(),
+        Script::new().status(404, []),
+        Script::new().upgrade().flood(0.., |n| n.to_string()),
+    ]);
+    let server = server.start().unwrap();
+    // While nothing is read, a ping finds out that the server has cut.
+    let client = Client::builder(server.url())
+        .backoff(Backoff::constant(ms(5)))
+        .ping_interval(ms(10))
+        .pong_timeout(LONG)
+        .queue(100)
+        .start()
+        .unwrap();
+    let client = Arc::new(client);
+    let gate = Gate::new();
+    let held = gate.clone();
+    let pipeline = Pipeline::each(move |message: &Message| {
+        match message.text() {
+            Some("first") => held.enter(),
+            // The feed is faster.
+            _ => pass(ms(1)),
+        }
+        Ok::<(), String>(())
+    })
+    .source(Arc::clone(&client))
+    .processors(1)
+    .start()
+    .unwrap();
+    gate.entered.wait(1);
+    pipeline.drain();
+    // Time to hear of it.
+    pass(ms(200));
+    server.cut_all();
+    eventually("the last one is upgraded", || client.metrics().connects() == 2);
+    assert_eq!(client.metrics().restarts, 1);
+    gate.open();
+    eventually("the drain ends", || pipeline.has_ended());
+    let report = pipeline.join();
+    all_well(&report);
+    assert_eq!(report.ledger.returned, 0, "{}", report.ledger);
+}
+
+#[test]
 fn a_client_that_fails_ends_the_pipeline_after_its_last_message_with_the_cause_in_the_report() {
     let server = Server::script([
         Script::new().upgrade().send("a").close(1002, "no more"),

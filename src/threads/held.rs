@@ -22,6 +22,8 @@ pub(crate) struct Left {
     /// The last message received, for the next session.
     pub(crate) resume: Option<Resume>,
     pub(crate) held: Held,
+    /// Nothing more is to be read before the close.
+    pub(crate) quiet: bool,
 }
 
 /// Where it lies until the next thread takes it over; meanwhile the monitor offers
@@ -152,7 +154,7 @@ mod tests {
         let (queue, estate) = (queue(), Estate::default());
         let mut held = Held::default();
         (1..=3).for_each(|n| read(&queue, &mut held, n));
-        estate.leave(Left { resume: None, held }).unwrap();
+        estate.leave(Left { held, ..Left::default() }).unwrap();
         let mut held = estate.take().held;
         assert!(estate.take().held.is_empty(), "it is taken over once");
         read(&queue, &mut held, 4);
@@ -173,7 +175,7 @@ mod tests {
         let all = MAX_HELD as u64 + 1;
         (1..=all).for_each(|n| read(&queue, &mut held, n));
         assert!(held.is_full());
-        estate.leave(Left { resume: None, held }).unwrap();
+        estate.leave(Left { held, ..Left::default() }).unwrap();
         assert_eq!(estate.close().release(&queue), 0);
         let got: Vec<_> = std::iter::from_fn(|| take(&queue)).collect();
         assert_eq!(got, (1..=all).collect::<Vec<_>>());
@@ -186,7 +188,7 @@ mod tests {
         (1..=3).for_each(|n| read(&queue, &mut held, n));
         assert!(estate.close().is_empty());
         queue.close();
-        let mut held = estate.leave(Left { resume: None, held }).unwrap_err();
+        let mut held = estate.leave(Left { held, ..Left::default() }).unwrap_err();
         assert_eq!(held.release(&queue), 2);
         let (ledger, dropped) = queue.ledger();
         assert!(ledger.balanced(), "{ledger}");

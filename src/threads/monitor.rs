@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvError, RecvTimeoutError, Sender};
 
-use super::connection::{Connection, ThreadEnd};
+use super::connection::{Connection, Orphan, ThreadEnd};
 use super::shared::Shared;
 use super::timer::Alarm;
 use super::{JoinHandle, panic_text, receive};
@@ -31,7 +31,7 @@ pub(crate) enum Notice {
     /// The thread of this child is about to end.
     Ended(usize),
     /// A DNS look-up that its connection could not wait for.
-    Adopt { name: String, handle: JoinHandle<()> },
+    Adopt(Orphan),
     /// A deadline asked of the timer came, a close was asked for, or the queue has
     /// room for a connection without a thread. Any other notice makes the monitor
     /// look at all of that as well.
@@ -56,7 +56,7 @@ pub(crate) struct Monitor {
     alarms: Alarms,
     children: Vec<Child>,
     timer: Option<JoinHandle<()>>,
-    lookups: Vec<(String, JoinHandle<()>)>,
+    lookups: Vec<Orphan>,
     /// The connections must be done by then.
     closing: Option<Instant>,
 }
@@ -122,7 +122,7 @@ impl Monitor {
             match notice {
                 Notice::Ended(child) if child < self.children.len() => self.ended(child),
                 Notice::Ended(child) => self.other_ended(child),
-                Notice::Adopt { name, handle } => self.lookups.push((name, handle)),
+                Notice::Adopt(lookup) => self.lookups.push(lookup),
                 Notice::Tick => {}
             }
             self.hear_close();
@@ -260,10 +260,11 @@ impl Monitor {
     /// and everybody tells it their deadlines anew.
     fn other_ended(&mut self, child: usize) {
         if child > self.children.len() {
-            let (ended, running) = self.lookups.drain(..).partition(|(_, h)| h.is_finished());
+            // Who says that it ends has not quite ended, and says so once.
+            let (ended, running) = self.lookups.drain(..).partition(Orphan::is_over);
             self.lookups = running;
-            let ended: Vec<(String, JoinHandle<()>)> = ended;
-            ended.into_iter().for_each(|(_, handle)| drop(handle.join()));
+            let ended: Vec<Orphan> = ended;
+            ended.into_iter().for_each(|lookup| drop(lookup.handle.join()));
             return;
         }
         let Some(handle) = self.timer.take() else { return };
@@ -382,7 +383,7 @@ impl Monitor {
         while !self.lookups.is_empty() && self.shared.clock.now() < give_up {
             self.shared.timer.arm(self.children.len(), give_up);
             match self.next(Some(give_up)) {
-                Ok(Notice::Adopt { name, handle }) => self.lookups.push((name, handle)),
+                Ok(Notice::Adopt(lookup)) => self.lookups.push(lookup),
                 Ok(Notice::Ended(child)) if child < self.children.len() => self.ended(child),
                 Ok(Notice::Ended(child)) => self.other_ended(child),
                 Ok(Notice::Tick) => {}
@@ -390,8 +391,8 @@ impl Monitor {
             }
         }
         while let Ok(notice) = self.notices.try_recv() {
-            if let Notice::Adopt { name, handle } = notice {
-                self.lookups.push((name, handle));
+            if let Notice::Adopt(lookup) = notice {
+                self.lookups.push(lookup);
             }
         }
         let connections = self.children.iter_mut().enumerate().filter_map(|(index, child)| {
@@ -399,7 +400,8 @@ impl Monitor {
             (!handle.is_finished()).then(|| format!("broadsock-conn-{index}"))
         });
         let mut stuck: Vec<String> = connections.collect();
-        stuck.extend(self.lookups.drain(..).filter(|(_, h)| !h.is_finished()).map(|(n, _)| n));
+        let lookups = self.lookups.drain(..).filter(|lookup| !lookup.is_over());
+        stuck.extend(lookups.map(|lookup| lookup.name));
         stuck
     }
 }

@@ -84,7 +84,8 @@ pub(crate) struct Checks {
     pub(crate) closing: Option<u64>,
     pub(crate) failed: Option<(u64, Error)>,
     /// The pipeline has its client read nothing any more.
-    pub(crate) reads_no_more: bool,
+    /// Since when.
+    pub(crate) reads_no_more: Option<u64>,
     /// The client was closed with hardly any time for it.
     pub(crate) in_haste: bool,
     pub(crate) ended: bool,
@@ -531,6 +532,16 @@ fn failed(k: &mut Kernel, at: u64, index: usize, error: &Error) {
     k.ck.failed = Some((at, error.clone()));
 }
 
+/// Bytes are read from a socket.
+pub(crate) fn reads(k: &mut Kernel, sock: usize) {
+    let Some(index) = k.sv.socks.get(&sock).map(|server| server.conn) else { return };
+    let quiet = k.ck.reads_no_more.is_some_and(|since| k.now > since + SLACK);
+    let ends = k.ck.closing.is_some() || k.ck.failed.is_some() || k.is_hung(index);
+    if quiet && !ends && k.ck.conns[index].state() == State::Connected {
+        k.broken("quiet-stays-quiet", || format!("conn {index} reads on"));
+    }
+}
+
 /// Looked at every half second of virtual time.
 pub(crate) fn sweep(k: &mut Kernel) {
     let now = k.now;
@@ -583,7 +594,7 @@ fn watch(k: &mut Kernel, sock: usize, setup: &Setup) {
     let Some(server) = k.sv.socks.get(&sock) else { return };
     let conn = &k.ck.conns[server.conn];
     let cannot = k.is_hung(server.conn) || conn.blocked;
-    let cannot = cannot || k.ck.reads_no_more;
+    let cannot = cannot || k.ck.reads_no_more.is_some();
     if it.life != Life::Open || conn.state() != State::Connected || cannot {
         return;
     }

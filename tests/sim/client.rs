@@ -43,7 +43,7 @@ impl Client {
     pub(crate) fn stop_reading(&self) {
         with(|k| {
             k.note(|| "the client stops reading".to_owned());
-            k.ck.reads_no_more = true;
+            k.ck.reads_no_more.get_or_insert(k.now);
         });
         let peers = self.shared.connections.iter();
         peers.for_each(|peer| peer.inbox.post(|signals| signals.stop_reading = true));

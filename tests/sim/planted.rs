@@ -29,6 +29,7 @@ bugs! {
     WindowTooSmall, FailureNotForgotten, DuplicateAccepted, FreshTakenForDuplicate,
     SkippedNotCounted, ShedNotCounted, NeverFull, HeldForEver, OldestNotDropped,
     IntensityIgnored, RestartedAtOnce, HeldLostWithItsThread, HeldUntilTheNextThread,
+    QuietLostWithItsThread,
     // The WebSocket and the blocks.
     UnfinishedForgotten, FinishedSentAgain, WrittenTwice, WrongEpoch, WrongOrder, PongMissing,
     // The pipeline's logic.

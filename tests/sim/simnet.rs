@@ -243,6 +243,8 @@ pub(crate) mod net {
                     it.read_most = it.read_most.max(40);
                 }
                 it.last_read = now;
+                crate::checks::reads(k, self.0);
+                let it = &mut k.net.socks[self.0];
                 // A system gives all that it has. What comes in pieces here has
                 // come in pieces there, each of them reported.
                 if count < buf.len() && !it.rx.is_empty() {

@@ -110,6 +110,14 @@ struct Lookup {
     answer: Answer,
 }
 
+/// A look-up that its connection has left behind.
+#[derive(Debug)]
+pub(crate) struct Orphan {
+    pub(crate) name: String,
+    pub(crate) handle: JoinHandle<()>,
+    answer: Answer,
+}
+
 /// What one look-up found. Each has a place of its own: one that an earlier
 /// thread of the connection left behind may end at any time.
 type Answer = Arc<Mutex<Option<io::Result<Vec<SocketAddr>>>>>;
@@ -122,7 +130,7 @@ impl Connection {
         })?;
         shared.connections[index].inbox.attach(poller.waker());
         let machine = Machine::new(shared.policy.retry.clone());
-        let Left { resume, held } = shared.connections[index].estate.take();
+        let Left { resume, held, quiet } = shared.connections[index].estate.take();
         Ok(Self {
             shared,
             index,
@@ -134,13 +142,15 @@ impl Connection {
             lookup: None,
             shed: Shed::default(),
             closing: None,
-            quiet: false,
+            quiet,
         })
     }
 
     /// The thread's body.
     pub(crate) fn run(mut self) -> ThreadEnd {
         self.hear();
+        // Room that came before this thread listened was the monitor's to hear of.
+        self.offer_held();
         while self.closing.is_none() {
             match self.await_room() {
                 Ok(()) => {}
@@ -167,7 +177,7 @@ impl Connection {
     /// Waits with the next attempt as long as nothing could be read: a session that
     /// must hear from its server would not open.
     fn await_room(&mut self) -> Result<(), DialEnd> {
-        if !self.held.is_full() || self.offer_held() {
+        if self.offer_held() || !self.held.is_full() {
             return Ok(());
         }
         log::info!("connection {} waits with connecting until the queue has room", self.index);
@@ -408,6 +418,14 @@ impl Connection {
     }
 }
 
+impl Orphan {
+    /// Whether a join waits for a few instructions at most: it leaves its answer last.
+    pub(crate) fn is_over(&self) -> bool {
+        let answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner);
+        answer.is_some() || self.handle.is_finished()
+    }
+}
+
 impl Driver for Connection {
     fn now(&self) -> Instant {
         self.shared.clock.now()
@@ -467,14 +485,16 @@ impl Drop for Connection {
     /// Whatever ended the thread, a panic included: what it held and where it was
     /// go to its successor, and a look-up that still runs is left to the monitor.
     fn drop(&mut self) {
-        let left = Left { resume: self.resume.take(), held: std::mem::take(&mut self.held) };
+        let (resume, held) = (self.resume.take(), std::mem::take(&mut self.held));
+        let left = Left { resume, held, quiet: self.quiet };
         self.shared.leave(self.index, left);
         self.tell_all_shed();
         self.peer().inbox.end_epoch();
         self.peer().inbox.detach();
         if let Some(lookup) = self.lookup.take() {
             let name = format!("broadsock-dns-{}", self.index);
-            let notice = Notice::Adopt { name, handle: lookup.handle };
+            let lookup = Orphan { name, handle: lookup.handle, answer: lookup.answer };
+            let notice = Notice::Adopt(lookup);
             let _ = self.shared.spawner.monitor.try_send(notice);
         }
     }

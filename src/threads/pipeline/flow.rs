@@ -295,14 +295,23 @@ impl<H: Handler> Flow<H> {
         }
     }
 
-    /// The timer's targets: lanes, batchers, sources, and last the supervisor.
-    pub(crate) fn alarms(&self, supervisor: Arc<dyn Alarm>) -> Vec<Arc<dyn Alarm>> {
+    /// What the timer wakes: lanes, batchers, sources.
+    fn ticks(&self) -> impl Iterator<Item = &Tick> {
         let lanes = self.lanes.iter().map(|lane| &lane.tick);
         let batchers = self.batchers.values().map(|batcher| &batcher.tick);
         let sources = self.sources.iter().map(|source| &source.tick);
-        let ticks = lanes.chain(batchers).chain(sources);
+        lanes.chain(batchers).chain(sources)
+    }
+
+    /// Has everybody look at the time: the timer may have died with a wake-up.
+    pub(crate) fn fire_all(&self) {
+        self.ticks().for_each(Tick::fire);
+    }
+
+    /// The timer's targets: those that it wakes, and last the supervisor.
+    pub(crate) fn alarms(&self, supervisor: Arc<dyn Alarm>) -> Vec<Arc<dyn Alarm>> {
         let mut alarms: Vec<Arc<dyn Alarm>> = Vec::new();
-        for tick in ticks {
+        for tick in self.ticks() {
             alarms.push(Arc::new(tick.clone()));
         }
         alarms.push(supervisor);

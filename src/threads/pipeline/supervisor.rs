@@ -190,7 +190,7 @@ impl<H: Handler> Supervisor<H> {
             match notice {
                 Notice::Ended(child) => self.ended(child),
                 // Whoever posts these has put what to look at into the flow.
-                Notice::Tick | Notice::Adopt { .. } => {}
+                Notice::Tick | Notice::Adopt(_) => {}
             }
             self.restart_due();
             self.report_slow();
@@ -240,6 +240,8 @@ impl<H: Handler> Supervisor<H> {
         let pool = self.restarts.entry(pool(&kind)).or_insert_with(|| Restarts::new(intensity));
         match pool.on_end(now, ran_for) {
             Some(delay) => {
+                // Without it nothing would say that it is time.
+                let delay = if kind == Kind::Timer { Duration::ZERO } else { delay };
                 child.restart_at = Some(now + delay);
                 self.flow.emit(PipelineEvent::Restarting { thread: name, delay, reason });
             }
@@ -261,8 +263,11 @@ impl<H: Handler> Supervisor<H> {
             let Child { kind, slot, .. } = &self.children[index];
             match self.spawn(kind, slot.clone(), index) {
                 Ok((_, handle)) => {
-                    self.children[index].handle = Some(handle);
-                    self.children[index].started = now;
+                    let child = &mut self.children[index];
+                    (child.handle, child.started) = (Some(handle), now);
+                    if child.kind == Kind::Timer {
+                        self.flow.fire_all();
+                    }
                 }
                 Err(error) => self.escalate(error),
             }

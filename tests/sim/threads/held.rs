@@ -16,6 +16,9 @@ impl Estate {
         if planted(Bug::HeldLostWithItsThread) {
             left.held = Held::default();
         }
+        if planted(Bug::QuietLostWithItsThread) {
+            left.quiet = false;
+        }
         left
     }
 

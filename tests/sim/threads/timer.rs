@@ -7,6 +7,7 @@ use super::watched;
 use crate::io::clock::Clock;
 use crate::kernel::{self, Wait};
 use crate::planted::{Bug, planted};
+use crate::works::books;
 #[path = "../../../src/threads/timer.rs"]
 mod real;
 pub(crate) use real::Alarm;
@@ -18,7 +19,7 @@ pub(crate) struct Timer {
     asked: Arc<Mutex<Vec<Option<Instant>>>>,
     /// What each connection last asked for that was over already.
     past: Arc<Mutex<Vec<Option<Instant>>>>,
-    /// It is a client's, whose monitor starts it again when it ends.
+    /// It is a client's, and not a pipeline's.
     is_clients: bool,
 }
 
@@ -92,12 +93,16 @@ impl Timer {
 impl Alarm for Fuse {
     fn fire(&self) {
         self.asked.lock().unwrap()[self.owner] = None;
-        let panics = kernel::with(|k| self.is_clients && k.failing > 0.0 && k.chance(0.002));
+        let panics = kernel::with(|k| k.failing > 0.0 && k.chance(0.002));
         if panics {
             // What it has just taken in hand is forgotten.
             kernel::with(|k| {
                 k.fault("timer panics");
-                k.ck.timers += 1;
+                if self.is_clients {
+                    k.ck.timers += 1;
+                } else {
+                    books::dies(k);
+                }
             });
             panic!("planned panic of the timer");
         }

@@ -66,7 +66,8 @@ fn restarts(k: &mut Kernel, thread: &str, at: u64) {
     if died.is_none() {
         k.broken("restarts-the-dead", || format!("{thread} was not killed"));
     }
-    if at < k.now + 250_000_000 {
+    // Without a timer, nothing would say that the time has come.
+    if at < k.now + 250_000_000 && thread != "broadsock-timer" {
         let now = k.now;
         k.broken("no-hot-restart", || format!("{thread} restarts in {} ns", at - now));
     }
