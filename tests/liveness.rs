@@ -310,7 +310,7 @@ mod a_peer_that_does_not_read {
 
     #[test]
     fn is_left_by_a_session_that_says_more_than_may_wait() {
-        let script = up().stop_reading().numbers(0..100);
+        let script = up().stop_reading().numbers(0..200);
         let server = Server::script([script]).receive_buffer(4096).start().unwrap();
         let verbose = || Verbose(Outgoing::from("x".repeat(1000)));
         let client = start(builder(&server).write_timeout(LONG * 2).session(verbose));
@@ -319,8 +319,37 @@ mod a_peer_that_does_not_read {
             _ => None,
         });
         assert_eq!(told.kind(), &ErrorKind::Session);
-        assert!(told.to_string().contains("more than 65536 messages"), "{told}");
+        assert!(told.to_string().contains("more than 524288 messages"), "{told}");
         client.close(ms(500));
+    }
+
+    #[test]
+    fn a_session_that_answered_a_burst_at_length_was_taken_for_one_that_is_not_read() {
+        // All at once, each answered by many.
+        let script = up().numbers(0..1000).hold();
+        let server = Server::script([script]).keep_received(1).start().unwrap();
+        let client = start(builder(&server).session(|| Talkative));
+        for n in 0..1000 {
+            assert_eq!(number(&next(&client)), n);
+        }
+        let all = 1000 * Talkative::SAYS;
+        eventually("all is sent", || client.metrics().connections[0].messages_sent == all);
+        assert_eq!(client.metrics().connects(), 1);
+        close(&client);
+    }
+
+    struct Talkative;
+
+    impl Talkative {
+        const SAYS: u64 = 600;
+    }
+
+    impl Session for Talkative {
+        fn on_message(&mut self, data: Data<'_>, link: &mut Link<'_>) -> Result<(), BoxError> {
+            link.emit(data);
+            (0..Self::SAYS).for_each(|_| link.send("x"));
+            Ok(())
+        }
     }
 
     /// So many that their pongs fill every buffer, and the last one besides

@@ -33,8 +33,9 @@ const LOOK: usize = 64;
 /// long, a turn reads less.
 const SENDING: Duration = Duration::from_millis(100);
 
-/// Messages of a session that may wait for a server that does not read.
-const MAX_BACKLOG: usize = 16 * MAX_SENDS;
+/// Messages of a session that may wait for a server that does not read: twice what
+/// one run of messages can bring.
+const MAX_BACKLOG: usize = 2 * LOOK * MAX_SENDS;
 
 /// Payload bytes after which a block is handed over.
 const BLOCK_BYTES: usize = 256 * 1024;

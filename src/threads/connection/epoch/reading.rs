@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::{BLOCK_BYTES, BUDGET, Epoch, EpochEnd, LOOK, Leaving, SENDING, origin};
 use crate::error::{Error, ErrorKind};
 use crate::event::EventKind;
-use crate::handler::{Acts, Resume};
+use crate::handler::{Acts, MAX_SENDS, Resume};
 use crate::io::websocket::Incoming;
 use crate::message::{Block, BlockBuilder};
 use crate::metrics::DropReason;
@@ -47,12 +47,17 @@ impl Epoch<'_> {
         }
         gather.block.reserve(self.last_block.0, self.last_block.1);
         let (mut frames, mut looked) = (0, 0);
+        let backlog = self.backlog.len();
         let mut end = Ok(());
         // Control frames count too: a flood of them must end as well.
         while end.is_ok() && frames < block_messages && self.more {
             // Where the queue is full, no more is read than makes the session ready.
             let enough = self.blocked && self.opening.is_none();
             if enough || gather.block.bytes() >= BLOCK_BYTES {
+                break;
+            }
+            // What a session sends in answer leaves before more is read.
+            if self.backlog.len() - backlog >= MAX_SENDS {
                 break;
             }
             if frames - looked >= LOOK {
