@@ -586,6 +586,10 @@ impl Dedup {
 
     /// How many further ids are accepted before one is forgotten. Defaults to
     /// 100,000. It should exceed what a server repeats after a reconnect.
+    ///
+    /// Memory is taken as ids come. Each time it grows, all ids move at once, and
+    /// who receives meanwhile waits: some milliseconds for a window of 100,000, half
+    /// a second or so for one of 10 million.
     #[must_use]
     pub fn capacity(mut self, ids: usize) -> Self {
         self.capacity = ids;

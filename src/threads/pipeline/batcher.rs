@@ -23,6 +23,10 @@ use crate::work::{Batch, BatchEntry, Failure, FailureKind, Handler, Ticket, ToBa
 /// it, which takes longer than to handle a quick one.
 const AHEAD: usize = 16;
 
+/// Closed batches that may wait for the one worker that may take them. Their channels
+/// take their memory when they are made.
+const MOST_OWN: usize = 1024;
+
 /// A user's function that weighs an item.
 pub(crate) type Weigh<T> = Arc<dyn Fn(&T) -> usize + Send + Sync>;
 
@@ -101,8 +105,8 @@ impl<T: Send + 'static> Batcher<T> {
             grouping: Mutex::new(Grouping { taken: VecDeque::new(), open: Batches::new(policy) }),
             shared: bounded(concurrency + AHEAD),
             room: Tick::new(),
-            // As long as a lane: a slow worker holds up others only when it is full.
-            own: (0..concurrency).map(|_| bounded(queue)).collect(),
+            // Long: a slow worker holds up others only when it is full.
+            own: (0..concurrency).map(|_| bounded(queue.min(MOST_OWN))).collect(),
             homes: Mutex::new(Homes { count: concurrency, settled: false }),
             grouped: Gauge::default(),
             batches: std::array::from_fn(|_| Counter::new()),
