@@ -797,25 +797,23 @@ mod tests {
     #[test]
     fn a_slot_whose_number_came_again_does_no_harm() {
         let now = some_instant();
-        let mut window = Dedup::new(20, None);
-        let numbers = u128::from(window.numbers) + 1;
-        for id in 0..10 {
-            assert!(window.accept(same(id), now));
-        }
-        // Others elsewhere, until those slots say of others that they are there.
-        let elsewhere = |n: u128| same(n) | u128::from(u32::MAX >> 1) << 64;
-        for id in 0..numbers - 15 {
-            assert!(window.accept(elsewhere(id), now), "{id}");
-            if id >= 19 {
-                assert!((0..10).all(|gone| window.state(same(gone), now).is_none()), "{id}");
+        let numbers = u128::from(Dedup::new(20, None).numbers) + 1;
+        // Others elsewhere, until those slots say of others that they are there; and
+        // of such as look like their own.
+        let elsewhere = |n: u128| same((n + 10) % numbers) | u128::from(u32::MAX >> 1) << 64;
+        for others in 20..numbers + 20 {
+            let mut window = Dedup::new(20, None);
+            assert!((0..10).all(|id| window.accept(same(id), now)));
+            assert!((0..others).all(|id| window.accept(elsewhere(id), now)), "{others}");
+            assert!((0..10).all(|gone| window.state(same(gone), now).is_none()), "{others}");
+            assert!((0..10).all(|gone| !window.forget(same(gone))), "{others}");
+            for id in 10..25 {
+                assert!(window.accept(same(id), now) && !window.accept(same(id), now));
+                let spilled = window.spill.contains_key(&Key::of(same(id)));
+                assert!(!spilled, "there is room, after {others} for {id}");
             }
+            assert!((0..10).all(|id| window.accept(same(id), now)), "fresh again");
         }
-        assert!((0..10).all(|gone| !window.forget(same(gone))));
-        for id in 0..15 {
-            assert!(window.accept(same(id), now), "fresh again");
-            assert!(!window.accept(same(id), now));
-        }
-        assert!((0..15).all(|id| !window.spill.contains_key(&Key::of(same(id)))), "there is room");
     }
 
     #[test]
