@@ -739,6 +739,38 @@ mod tests {
     }
 
     #[test]
+    fn a_window_doubles_until_it_has_its_capacity() {
+        let now = some_instant();
+        for (capacity, lines) in [
+            (1, &[1][..]),
+            (100, &[13]),
+            (120, &[15]),
+            (128, &[8, 16]),
+            (1000, &[16, 32, 64, 128]),
+            (3000, &[12, 24, 48, 96, 192, 384]),
+        ] {
+            let mut window = Dedup::new(capacity, None);
+            let mut seen = Vec::new();
+            for id in 0..2 * capacity as u128 {
+                assert!(window.accept(spread(id), now), "{id} of {capacity}");
+                assert_eq!(window.ring.len(), capacity.min(window.lines.len() * LOAD));
+                seen.push(window.lines.len());
+            }
+            seen.dedup();
+            assert_eq!(seen, lines, "{capacity}");
+        }
+    }
+
+    #[test]
+    fn numbers_last_for_four_windows_and_leave_bits_for_ids() {
+        for (capacity, bits) in
+            [(0, 2), (1, 2), (2, 3), (3, 4), (100_000, 19), (LARGEST, 30), (LARGEST + 1, 30)]
+        {
+            assert_eq!(Dedup::new(capacity, None).numbers, (1 << bits) - 1, "{capacity}");
+        }
+    }
+
+    #[test]
     fn what_outlived_its_time_makes_room_in_its_line() {
         let mut now = some_instant();
         let mut window = Dedup::new(1000, Some(secs(10)));
