@@ -827,6 +827,21 @@ mod tests {
     }
 
     #[test]
+    fn an_empty_slot_is_of_no_id_whichever_number_is_next() {
+        let now = some_instant();
+        // Both look like it; they are far apart.
+        let (id, other) = (0, u128::from(u32::MAX >> 1) << 64);
+        let window = Dedup::new(300, None);
+        for first in 0..=window.numbers {
+            let mut window = window.clone();
+            window.number = first;
+            assert!(window.accept(id, now) && window.ring.len() < 300);
+            assert_eq!(window.state(other, now), None, "{first}");
+            assert!(window.accept(other, now) && !window.accept(id, now), "{first}");
+        }
+    }
+
+    #[test]
     fn a_slot_whose_number_came_again_does_no_harm() {
         let now = some_instant();
         let numbers = u128::from(Dedup::new(20, None).numbers) + 1;
