@@ -571,6 +571,7 @@ mod tests {
     use crate::logic::some_instant;
     use proptest::prelude::*;
     use std::collections::VecDeque;
+    use std::hash::BuildHasher;
 
     fn secs(secs: u64) -> Duration {
         Duration::from_secs(secs)
@@ -902,6 +903,14 @@ mod tests {
         assert_eq!(line.alike(key, numbers), 0x7fff & !(1 << 3 | 1 << 14));
         assert_eq!(line.alike(other, numbers), 1 << 3);
         assert_eq!(line.alike(Key::of(0x0004_5678), numbers), 1 << 14 | 1 << WAYS, "and the head");
+    }
+
+    #[test]
+    fn a_key_is_hashed_by_one_half_of_it() {
+        let hasher = BuildHasherDefault::<AsItIs>::default();
+        for id in [0, 1, 7 << 64 | 5, spread(1), spread(2), u128::MAX] {
+            assert_eq!(hasher.hash_one(Key::of(id)), id as u64, "{id:x}");
+        }
     }
 
     #[test]
