@@ -478,7 +478,7 @@ impl Line {
 
     #[inline]
     fn has_spilled(&self) -> bool {
-        self.head() > TURN
+        self.head() >= ONE_SPILLED
     }
 
     /// Which slot is filled next.
