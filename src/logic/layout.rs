@@ -130,14 +130,16 @@ impl Layouts {
 impl Layout {
     /// Of a text that ends behind the value that was found at `start` in it.
     fn of(text: &[u8], found: Found<'_>, start: usize) -> Option<Self> {
-        if text.len() < WORD || text.len() > LONGEST || text.contains(&b'\\') {
+        // Of less than a word nothing is the last word.
+        let last = *text.last_chunk()?;
+        if text.len() > LONGEST || text.contains(&b'\\') {
             return None;
         }
         let may = what_may_be(text);
         let (chunks, _) = text.as_chunks();
         let words = chunks.iter().zip(may.chunks(WORD)).map(|(chunk, may)| Word::of(*chunk, may));
         let words = words.collect();
-        let last = Word::of(*text.last_chunk()?, &may[text.len() - WORD..]);
+        let last = Word::of(last, &may[text.len() - WORD..]);
         let (len, kind, end) = (text.len(), found.kind, start + found.raw.len());
         Some(Self { words, last, len, kind, start, end })
     }
