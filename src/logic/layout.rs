@@ -183,9 +183,9 @@ impl Word {
 }
 
 /// What each byte of a text without escapes may be: strings that are the values
-/// of members may have other characters, and numbers that are may have other
-/// digits behind the first, which says whether others may follow. All else is
-/// part of the layout, names and elements of arrays too.
+/// of members may have other characters, and numbers may have other digits behind
+/// the first, which says whether others may follow. All else is part of the
+/// layout, names and the strings of arrays too.
 fn what_may_be(text: &[u8]) -> Vec<May> {
     let mut may = vec![May::Stay; text.len()];
     let mut at = 0;
@@ -199,7 +199,7 @@ fn what_may_be(text: &[u8]) -> Vec<May> {
                 }
                 len + 2
             }
-            b'-' | b'0'..=b'9' if is_member => {
+            b'-' | b'0'..=b'9' => {
                 let part =
                     |byte: &&u8| matches!(byte, b'-' | b'+' | b'.' | b'e' | b'E' | b'0'..=b'9');
                 let len = text[at..].iter().take_while(part).count();
@@ -340,6 +340,27 @@ mod tests {
     }
 
     #[test]
+    fn strings_of_members_and_digits_behind_the_first_may_change() {
+        for (text, may) in [
+            (r#"{"id":"x{1","":"","b":"y"#, r#"{"id":"sss","":"","b":"s"#),
+            (r#"{"a":0,"b":7,"c":10,"d":-25}"#, r#"{"a":0,"b":7,"c":1n,"d":-2n}"#),
+            (r#"{"a":-10.5e+30,"b":1E-2}"#, r#"{"a":-1n.ne+nn,"b":1E-n}"#),
+            ("{\"a\" :\t12,\r\n\"b\": \"x 1\" }", "{\"a\" :\t1n,\r\n\"b\": \"sss\" }"),
+            (r#"{"a":true,"b1":null,"c":false}"#, r#"{"a":true,"b1":null,"c":false}"#),
+            (r#"{"a":[12,"x1",-30],"b":"y"}"#, r#"{"a":[1n,"x1",-3n],"b":"s"}"#),
+            (r#"[{"a":"x"},["y",{"b":45}],67]"#, r#"[{"a":"s"},["y",{"b":4n}],6n]"#),
+        ] {
+            let told = |(byte, may)| match may {
+                May::Stay => char::from(byte),
+                May::BeText => 's',
+                May::BecomeDigit => 'n',
+            };
+            let told = text.bytes().zip(what_may_be(text.as_bytes())).map(told);
+            assert_eq!(told.collect::<String>(), may);
+        }
+    }
+
+    #[test]
     fn each_byte_may_be_what_it_may_whatever_its_neighbours_are() {
         let known = *b"\"12\\34'a5\x00\xff9\"012";
         for (at, byte) in (0..WORD).flat_map(|at| (0..=255).map(move |byte| (at, byte))) {
@@ -364,7 +385,7 @@ mod tests {
             3 => "-?(0|[1-9][0-9]{0,12})",
             1 => "-?[1-9][0-9]?\\.[0-9]{1,3}(e-?[0-9]{1,2})?",
             1 => "true|false|null",
-            1 => r#"\[("x",|1,){0,3}2\]|\{"(a|id)":("y"|12),"z":[0-9]\}"#,
+            1 => r#"\[("x",|-?[1-9][0-9]{0,2},){0,3}20?\]|\{"(a|id)":("y"|12),"z":[0-9]\}"#,
         ];
         let name = prop_oneof![Just("id"), Just("a"), Just("b"), Just("seq"), Just("")];
         let member = (name, value, "[ \n]{0,1}")
