@@ -285,6 +285,32 @@ mod tests {
     }
 
     #[test]
+    fn without_trust_one_text_is_compared_after_each_sixteen_that_are_not() {
+        let pointer = Pointer::parse("/t").unwrap();
+        let mut layouts = Layouts { trust: 0, ..Layouts::default() };
+        for n in 0..100 {
+            find(&mut layouts, &pointer, &trade(&"x".repeat(n), 10_000, 5000));
+            assert_eq!(layouts.passed == 0, n % 17 == 16, "{n}");
+        }
+        assert_eq!((layouts.trust, layouts.known.len()), (0, KNOWN), "five were compared");
+    }
+
+    #[test]
+    fn trust_grows_by_one_and_falls_by_two() {
+        let pointer = Pointer::parse("/t").unwrap();
+        let mut layouts = Layouts { trust: 3, ..Layouts::default() };
+        for (symbol, trust) in
+            [("A", 1), ("A", 2), ("B", 3), ("AB", 1), ("AB", 2), ("A", 3), ("ABC", 1), ("ABCD", 0)]
+        {
+            find(&mut layouts, &pointer, &trade(symbol, 10_000, 5000));
+            assert_eq!(layouts.trust, trust, "{symbol}");
+        }
+        layouts.trust = TRUST;
+        find(&mut layouts, &pointer, &trade("A", 10_000, 5000));
+        assert_eq!(layouts.trust, TRUST, "and no more");
+    }
+
+    #[test]
     fn the_layout_that_fitted_last_is_tried_first_and_does_not_make_room() {
         let pointer = Pointer::parse("/t").unwrap();
         let mut layouts = Layouts::default();
@@ -311,6 +337,11 @@ mod tests {
         assert!(layouts.known.is_empty(), "fifteen bytes up to behind the value");
         find(&mut layouts, &pointer, r#"{"bcd":77,"a":1}"#);
         assert_eq!(layouts.known.len(), 1);
+        let of = |len| format!(r#"{{"b":"{}","a":1}}"#, "x".repeat(len - 14));
+        find(&mut layouts, &pointer, &of(LONGEST + 1));
+        assert_eq!(layouts.known.len(), 1);
+        find(&mut layouts, &pointer, &of(LONGEST));
+        assert_eq!(layouts.known.len(), 2);
     }
 
     #[test]
