@@ -880,6 +880,34 @@ mod tests {
     }
 
     #[test]
+    fn the_oldest_makes_room_in_its_line() {
+        let now = some_instant();
+        for ttl in [None, Some(secs(10))] {
+            let mut window = Dedup::new(WAYS, ttl);
+            assert!((0..100).all(|id| window.accept(same(id), now) && window.spill.is_empty()));
+        }
+    }
+
+    #[test]
+    fn an_emptied_slot_makes_room_though_its_number_is_one_that_counts() {
+        let now = some_instant();
+        // As an emptied slot has it: number zero, and nothing of an id.
+        let like_empty = 1 << 70;
+        for forgets in [&[like_empty][..], &[same(3)], &[same(3), like_empty]] {
+            let mut window = Dedup::new(40, None);
+            window.number = window.numbers - 15;
+            assert!((0..15).all(|id| window.accept(same(id), now)));
+            assert!(window.accept(like_empty, now) && window.number == 0);
+            assert_eq!(window.spill.len(), 1);
+            assert!(forgets.iter().all(|id| window.forget(*id)));
+            let spilled = window.spill.len();
+            let room = forgets.iter().filter(|id| **id != like_empty).count();
+            assert!(window.accept(same(15), now));
+            assert_eq!(window.spill.len(), spilled + 1 - room, "{forgets:?}");
+        }
+    }
+
+    #[test]
     fn a_line_fills_its_slots_in_turn() {
         let mut line = Line::default();
         for slot in 1..=20 {
