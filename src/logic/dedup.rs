@@ -908,6 +908,25 @@ mod tests {
     }
 
     #[test]
+    fn what_spilled_finds_its_line_when_the_window_grows() {
+        let now = some_instant();
+        let mut window = Dedup::new(1 << 20, None);
+        // They share a line of eight, and no line of more; others are elsewhere.
+        let id = |n: u128| same(n) | (n % 2) << (64 + 27);
+        let other = |n: u128| spread(n) | 1 << (64 + 30);
+        assert!((0..40).all(|n| window.accept(id(n), now)));
+        let spilled = |window: &Dedup| {
+            let heads = window.lines.iter().map(|line| line.head() / ONE_SPILLED);
+            (window.lines.len(), window.spill.len(), heads.sum::<u32>())
+        };
+        assert_eq!(spilled(&window), (8, 25, 25));
+        assert!((0..40).all(|n| window.accept(other(n), now)));
+        assert_eq!(spilled(&window), (16, 10, 10));
+        assert!((0..40).all(|n| !window.accept(id(n), now) && window.forget(id(n))));
+        assert_eq!(spilled(&window), (16, 0, 0));
+    }
+
+    #[test]
     fn a_line_fills_its_slots_in_turn() {
         let mut line = Line::default();
         for slot in 1..=20 {
