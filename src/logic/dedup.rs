@@ -478,7 +478,7 @@ impl Line {
 
     #[inline]
     fn has_spilled(&self) -> bool {
-        self.head() > TURN
+        self.head() >= ONE_SPILLED
     }
 
     /// Which slot is filled next.
@@ -571,6 +571,7 @@ mod tests {
     use crate::logic::some_instant;
     use proptest::prelude::*;
     use std::collections::VecDeque;
+    use std::hash::BuildHasher;
 
     fn secs(secs: u64) -> Duration {
         Duration::from_secs(secs)
@@ -739,6 +740,38 @@ mod tests {
     }
 
     #[test]
+    fn a_window_doubles_until_it_has_its_capacity() {
+        let now = some_instant();
+        for (capacity, lines) in [
+            (1, &[1][..]),
+            (100, &[13]),
+            (120, &[15]),
+            (128, &[8, 16]),
+            (1000, &[16, 32, 64, 128]),
+            (3000, &[12, 24, 48, 96, 192, 384]),
+        ] {
+            let mut window = Dedup::new(capacity, None);
+            let mut seen = Vec::new();
+            for id in 0..2 * capacity as u128 {
+                assert!(window.accept(spread(id), now), "{id} of {capacity}");
+                assert_eq!(window.ring.len(), capacity.min(window.lines.len() * LOAD));
+                seen.push(window.lines.len());
+            }
+            seen.dedup();
+            assert_eq!(seen, lines, "{capacity}");
+        }
+    }
+
+    #[test]
+    fn numbers_last_for_four_windows_and_leave_bits_for_ids() {
+        for (capacity, bits) in
+            [(0, 2), (1, 2), (2, 3), (3, 4), (100_000, 19), (LARGEST, 30), (LARGEST + 1, 30)]
+        {
+            assert_eq!(Dedup::new(capacity, None).numbers, (1 << bits) - 1, "{capacity}");
+        }
+    }
+
+    #[test]
     fn what_outlived_its_time_makes_room_in_its_line() {
         let mut now = some_instant();
         let mut window = Dedup::new(1000, Some(secs(10)));
@@ -795,27 +828,40 @@ mod tests {
     }
 
     #[test]
+    fn an_empty_slot_is_of_no_id_whichever_number_is_next() {
+        let now = some_instant();
+        // Both look like it; they are far apart.
+        let (id, other) = (0, u128::from(u32::MAX >> 1) << 64);
+        let window = Dedup::new(300, None);
+        for first in 0..=window.numbers {
+            let mut window = window.clone();
+            window.number = first;
+            assert!(window.accept(id, now) && window.ring.len() < 300);
+            assert_eq!(window.state(other, now), None, "{first}");
+            assert!(window.accept(other, now) && !window.accept(id, now), "{first}");
+        }
+    }
+
+    #[test]
     fn a_slot_whose_number_came_again_does_no_harm() {
         let now = some_instant();
-        let mut window = Dedup::new(20, None);
-        let numbers = u128::from(window.numbers) + 1;
-        for id in 0..10 {
-            assert!(window.accept(same(id), now));
-        }
-        // Others elsewhere, until those slots say of others that they are there.
-        let elsewhere = |n: u128| same(n) | u128::from(u32::MAX >> 1) << 64;
-        for id in 0..numbers - 15 {
-            assert!(window.accept(elsewhere(id), now), "{id}");
-            if id >= 19 {
-                assert!((0..10).all(|gone| window.state(same(gone), now).is_none()), "{id}");
+        let numbers = u128::from(Dedup::new(20, None).numbers) + 1;
+        // Others elsewhere, until those slots say of others that they are there; and
+        // of such as look like their own.
+        let elsewhere = |n: u128| same((n + 10) % numbers) | u128::from(u32::MAX >> 1) << 64;
+        for others in 20..numbers + 20 {
+            let mut window = Dedup::new(20, None);
+            assert!((0..10).all(|id| window.accept(same(id), now)));
+            assert!((0..others).all(|id| window.accept(elsewhere(id), now)), "{others}");
+            assert!((0..10).all(|gone| window.state(same(gone), now).is_none()), "{others}");
+            assert!((0..10).all(|gone| !window.forget(same(gone))), "{others}");
+            for id in 10..25 {
+                assert!(window.accept(same(id), now) && !window.accept(same(id), now));
+                let spilled = window.spill.contains_key(&Key::of(same(id)));
+                assert!(!spilled, "there is room, after {others} for {id}");
             }
+            assert!((0..10).all(|id| window.accept(same(id), now)), "fresh again");
         }
-        assert!((0..10).all(|gone| !window.forget(same(gone))));
-        for id in 0..15 {
-            assert!(window.accept(same(id), now), "fresh again");
-            assert!(!window.accept(same(id), now));
-        }
-        assert!((0..15).all(|id| !window.spill.contains_key(&Key::of(same(id)))), "there is room");
     }
 
     #[test]
@@ -831,6 +877,53 @@ mod tests {
         }
         assert!(window.spill.is_empty() && !window.lines[0].has_spilled());
         assert!((0..15).all(|id| !window.accept(same(id), now)));
+    }
+
+    #[test]
+    fn the_oldest_makes_room_in_its_line() {
+        let now = some_instant();
+        for ttl in [None, Some(secs(10))] {
+            let mut window = Dedup::new(WAYS, ttl);
+            assert!((0..100).all(|id| window.accept(same(id), now) && window.spill.is_empty()));
+        }
+    }
+
+    #[test]
+    fn an_emptied_slot_makes_room_though_its_number_is_one_that_counts() {
+        let now = some_instant();
+        // As an emptied slot has it: number zero, and nothing of an id.
+        let like_empty = 1 << 70;
+        for forgets in [&[like_empty][..], &[same(3)], &[same(3), like_empty]] {
+            let mut window = Dedup::new(40, None);
+            window.number = window.numbers - 15;
+            assert!((0..15).all(|id| window.accept(same(id), now)));
+            assert!(window.accept(like_empty, now) && window.number == 0);
+            assert_eq!(window.spill.len(), 1);
+            assert!(forgets.iter().all(|id| window.forget(*id)));
+            let spilled = window.spill.len();
+            let room = forgets.iter().filter(|id| **id != like_empty).count();
+            assert!(window.accept(same(15), now));
+            assert_eq!(window.spill.len(), spilled + 1 - room, "{forgets:?}");
+        }
+    }
+
+    #[test]
+    fn what_spilled_finds_its_line_when_the_window_grows() {
+        let now = some_instant();
+        let mut window = Dedup::new(1 << 20, None);
+        // They share a line of eight, and no line of more; others are elsewhere.
+        let id = |n: u128| same(n) | (n % 2) << (64 + 27);
+        let other = |n: u128| spread(n) | 1 << (64 + 30);
+        assert!((0..40).all(|n| window.accept(id(n), now)));
+        let spilled = |window: &Dedup| {
+            let heads = window.lines.iter().map(|line| line.head() / ONE_SPILLED);
+            (window.lines.len(), window.spill.len(), heads.sum::<u32>())
+        };
+        assert_eq!(spilled(&window), (8, 25, 25));
+        assert!((0..40).all(|n| window.accept(other(n), now)));
+        assert_eq!(spilled(&window), (16, 10, 10));
+        assert!((0..40).all(|n| !window.accept(id(n), now) && window.forget(id(n))));
+        assert_eq!(spilled(&window), (16, 0, 0));
     }
 
     #[test]
@@ -857,6 +950,14 @@ mod tests {
         assert_eq!(line.alike(key, numbers), 0x7fff & !(1 << 3 | 1 << 14));
         assert_eq!(line.alike(other, numbers), 1 << 3);
         assert_eq!(line.alike(Key::of(0x0004_5678), numbers), 1 << 14 | 1 << WAYS, "and the head");
+    }
+
+    #[test]
+    fn a_key_is_hashed_by_one_half_of_it() {
+        let hasher = BuildHasherDefault::<AsItIs>::default();
+        for id in [0, 1, 7 << 64 | 5, spread(1), spread(2), u128::MAX] {
+            assert_eq!(hasher.hash_one(Key::of(id)), id as u64, "{id:x}");
+        }
     }
 
     #[test]

@@ -130,14 +130,16 @@ impl Layouts {
 impl Layout {
     /// Of a text that ends behind the value that was found at `start` in it.
     fn of(text: &[u8], found: Found<'_>, start: usize) -> Option<Self> {
-        if text.len() < WORD || text.len() > LONGEST || text.contains(&b'\\') {
+        // Of less than a word nothing is the last word.
+        let last = *text.last_chunk()?;
+        if text.len() > LONGEST || text.contains(&b'\\') {
             return None;
         }
         let may = what_may_be(text);
         let (chunks, _) = text.as_chunks();
         let words = chunks.iter().zip(may.chunks(WORD)).map(|(chunk, may)| Word::of(*chunk, may));
         let words = words.collect();
-        let last = Word::of(*text.last_chunk()?, &may[text.len() - WORD..]);
+        let last = Word::of(last, &may[text.len() - WORD..]);
         let (len, kind, end) = (text.len(), found.kind, start + found.raw.len());
         Some(Self { words, last, len, kind, start, end })
     }
@@ -181,9 +183,9 @@ impl Word {
 }
 
 /// What each byte of a text without escapes may be: strings that are the values
-/// of members may have other characters, and numbers that are may have other
-/// digits behind the first, which says whether others may follow. All else is
-/// part of the layout, names and elements of arrays too.
+/// of members may have other characters, and numbers may have other digits behind
+/// the first, which says whether others may follow. All else is part of the
+/// layout, names and the strings of arrays too.
 fn what_may_be(text: &[u8]) -> Vec<May> {
     let mut may = vec![May::Stay; text.len()];
     let mut at = 0;
@@ -197,7 +199,7 @@ fn what_may_be(text: &[u8]) -> Vec<May> {
                 }
                 len + 2
             }
-            b'-' | b'0'..=b'9' if is_member => {
+            b'-' | b'0'..=b'9' => {
                 let part =
                     |byte: &&u8| matches!(byte, b'-' | b'+' | b'.' | b'e' | b'E' | b'0'..=b'9');
                 let len = text[at..].iter().take_while(part).count();
@@ -283,6 +285,32 @@ mod tests {
     }
 
     #[test]
+    fn without_trust_one_text_is_compared_after_each_sixteen_that_are_not() {
+        let pointer = Pointer::parse("/t").unwrap();
+        let mut layouts = Layouts { trust: 0, ..Layouts::default() };
+        for n in 0..100 {
+            find(&mut layouts, &pointer, &trade(&"x".repeat(n), 10_000, 5000));
+            assert_eq!(layouts.passed == 0, n % 17 == 16, "{n}");
+        }
+        assert_eq!((layouts.trust, layouts.known.len()), (0, KNOWN), "five were compared");
+    }
+
+    #[test]
+    fn trust_grows_by_one_and_falls_by_two() {
+        let pointer = Pointer::parse("/t").unwrap();
+        let mut layouts = Layouts { trust: 3, ..Layouts::default() };
+        for (symbol, trust) in
+            [("A", 1), ("A", 2), ("B", 3), ("AB", 1), ("AB", 2), ("A", 3), ("ABC", 1), ("ABCD", 0)]
+        {
+            find(&mut layouts, &pointer, &trade(symbol, 10_000, 5000));
+            assert_eq!(layouts.trust, trust, "{symbol}");
+        }
+        layouts.trust = TRUST;
+        find(&mut layouts, &pointer, &trade("A", 10_000, 5000));
+        assert_eq!(layouts.trust, TRUST, "and no more");
+    }
+
+    #[test]
     fn the_layout_that_fitted_last_is_tried_first_and_does_not_make_room() {
         let pointer = Pointer::parse("/t").unwrap();
         let mut layouts = Layouts::default();
@@ -309,6 +337,11 @@ mod tests {
         assert!(layouts.known.is_empty(), "fifteen bytes up to behind the value");
         find(&mut layouts, &pointer, r#"{"bcd":77,"a":1}"#);
         assert_eq!(layouts.known.len(), 1);
+        let of = |len| format!(r#"{{"b":"{}","a":1}}"#, "x".repeat(len - 14));
+        find(&mut layouts, &pointer, &of(LONGEST + 1));
+        assert_eq!(layouts.known.len(), 1);
+        find(&mut layouts, &pointer, &of(LONGEST));
+        assert_eq!(layouts.known.len(), 2);
     }
 
     #[test]
@@ -338,6 +371,27 @@ mod tests {
     }
 
     #[test]
+    fn strings_of_members_and_digits_behind_the_first_may_change() {
+        for (text, may) in [
+            (r#"{"id":"x{1","":"","b":"y"#, r#"{"id":"sss","":"","b":"s"#),
+            (r#"{"a":0,"b":7,"c":10,"d":-25}"#, r#"{"a":0,"b":7,"c":1n,"d":-2n}"#),
+            (r#"{"a":-10.5e+30,"b":1E-2}"#, r#"{"a":-1n.ne+nn,"b":1E-n}"#),
+            ("{\"a\" :\t12,\r\n\"b\": \"x 1\" }", "{\"a\" :\t1n,\r\n\"b\": \"sss\" }"),
+            (r#"{"a":true,"b1":null,"c":false}"#, r#"{"a":true,"b1":null,"c":false}"#),
+            (r#"{"a":[12,"x1",-30],"b":"y"}"#, r#"{"a":[1n,"x1",-3n],"b":"s"}"#),
+            (r#"[{"a":"x"},["y",{"b":45}],67]"#, r#"[{"a":"s"},["y",{"b":4n}],6n]"#),
+        ] {
+            let told = |(byte, may)| match may {
+                May::Stay => char::from(byte),
+                May::BeText => 's',
+                May::BecomeDigit => 'n',
+            };
+            let told = text.bytes().zip(what_may_be(text.as_bytes())).map(told);
+            assert_eq!(told.collect::<String>(), may);
+        }
+    }
+
+    #[test]
     fn each_byte_may_be_what_it_may_whatever_its_neighbours_are() {
         let known = *b"\"12\\34'a5\x00\xff9\"012";
         for (at, byte) in (0..WORD).flat_map(|at| (0..=255).map(move |byte| (at, byte))) {
@@ -362,7 +416,7 @@ mod tests {
             3 => "-?(0|[1-9][0-9]{0,12})",
             1 => "-?[1-9][0-9]?\\.[0-9]{1,3}(e-?[0-9]{1,2})?",
             1 => "true|false|null",
-            1 => r#"\[("x",|1,){0,3}2\]|\{"(a|id)":("y"|12),"z":[0-9]\}"#,
+            1 => r#"\[("x",|-?[1-9][0-9]{0,2},){0,3}20?\]|\{"(a|id)":("y"|12),"z":[0-9]\}"#,
         ];
         let name = prop_oneof![Just("id"), Just("a"), Just("b"), Just("seq"), Just("")];
         let member = (name, value, "[ \n]{0,1}")
