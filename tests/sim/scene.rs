@@ -31,7 +31,7 @@ use crate::threads::queue::{Queue, QueuePolicy};
 use crate::threads::shared::{Endpoint, Peer, Shared, States};
 use crate::threads::timer::Timer;
 use crate::user;
-use crate::works::plan::Plan;
+use crate::works::plan::{Ending, Plan, Trouble};
 
 const MS: u64 = 1_000_000;
 const SECOND: u64 = 1_000_000_000;
@@ -93,8 +93,10 @@ impl Scene {
             rates,
         };
         // Chance alone hardly ever brings it about.
-        if k.chance(0.02) {
-            restarts(&mut scene);
+        match (k.unit() * 100.0) as u64 {
+            0 | 1 => restarts(&mut scene),
+            2..=4 => drains(&mut scene),
+            _ => {}
         }
         scene
     }
@@ -163,6 +165,26 @@ pub(crate) fn restarts(scene: &mut Scene) {
     scene.tune();
     (scene.plan, scene.redundant) = (None, false);
     (scene.failing, scene.consume_most, scene.stall) = (0.0, 10, 0.02);
+}
+
+/// A pipeline that drains for long, as most messages are tried again, while one
+/// thread of its client after the other ends.
+pub(crate) fn drains(scene: &mut Scene) {
+    restarts(scene);
+    let short = Duration::from_secs(5);
+    (scene.rates.mishap, scene.rates.bad_upgrade, scene.rates.burst) = (short, 0.5, 5);
+    scene.setup.connections = 3;
+    scene.plan = Some(Plan {
+        attempts: 10,
+        // All that comes.
+        max_in_flight: 10_000,
+        base: short,
+        batchers: Vec::new(),
+        ending: Ending::Drain,
+        trouble: Trouble { fails: 0.9, ..Trouble::default() },
+        ..Plan::plain()
+    });
+    scene.closes = Some(60 * SECOND);
 }
 
 /// Sessions whose heartbeats are due while their client closes.

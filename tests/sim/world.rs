@@ -37,6 +37,7 @@ const REGRESSIONS: &[(&str, fn(&mut Scene))] = &[
     ("the_close_frame_that_tells_of_a_breach_was_not_counted", scene::breaches),
     ("a_session_that_opened_for_a_full_queue_read_on_until_none_could_open", scene::full_queues),
     ("a_session_heartbeat_that_was_due_while_closing_made_its_thread_spin", scene::closes),
+    ("a_thread_that_read_no_more_was_replaced_by_one_that_did", scene::drains),
     ("a_second_restart_found_no_slot_for_what_was_held_and_shed_it", scene::restarts),
 ];
 
