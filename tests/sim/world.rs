@@ -433,8 +433,8 @@ impl World {
                 self.handle(event);
             } else if kernel::run_one() {
                 self.check();
-                if with(|k| k.steps) > 3_000_000 {
-                    with(|k| k.broken("no-hot-loop", || "three million turns".to_owned()));
+                if with(|k| k.steps) > 10_000_000 {
+                    with(|k| k.broken("no-hot-loop", || "ten million turns".to_owned()));
                 }
             } else if !kernel::advance() {
                 return;
