@@ -76,6 +76,12 @@ impl Restarts {
     }
 
     /// Enters a restart that will happen at `at`, if the intensity allows it.
+    /// The same of a thread that cannot be waited for: it is started again now.
+    pub(crate) fn at_once(&mut self, now: Instant) -> Option<Duration> {
+        self.record(now)?;
+        Some(Duration::ZERO)
+    }
+
     fn record(&mut self, at: Instant) -> Option<()> {
         let within = self.intensity.within;
         self.times.retain(|time| at.saturating_duration_since(*time) <= within);
@@ -117,6 +123,17 @@ mod tests {
         }
         assert_eq!(delays, [ms(250), ms(500), ms(1000)]);
         assert_eq!(now - start, ms(1750));
+    }
+
+    #[test]
+    fn restarts_at_once_count_when_they_happen() {
+        let start = some_instant();
+        let mut restarts = Restarts::new(Intensity::default());
+        for after in [0, 1000, 4000] {
+            assert_eq!(restarts.at_once(start + ms(after)), Some(Duration::ZERO));
+        }
+        assert_eq!(restarts.at_once(start + ms(5000)), None);
+        assert_eq!(restarts.at_once(start + ms(5001)), Some(Duration::ZERO));
     }
 
     #[test]

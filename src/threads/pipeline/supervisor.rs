@@ -238,10 +238,13 @@ impl<H: Handler> Supervisor<H> {
         let ran_for = now.saturating_duration_since(child.started);
         let intensity = self.intensity;
         let pool = self.restarts.entry(pool(&kind)).or_insert_with(|| Restarts::new(intensity));
-        match pool.on_end(now, ran_for) {
+        // Without a timer nothing would say that the time has come.
+        let delay = match kind {
+            Kind::Timer => pool.at_once(now),
+            _ => pool.on_end(now, ran_for),
+        };
+        match delay {
             Some(delay) => {
-                // Without it nothing would say that it is time.
-                let delay = if kind == Kind::Timer { Duration::ZERO } else { delay };
                 child.restart_at = Some(now + delay);
                 self.flow.emit(PipelineEvent::Restarting { thread: name, delay, reason });
             }

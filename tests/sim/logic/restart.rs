@@ -18,6 +18,10 @@ impl Restarts {
         self.0.intensity()
     }
 
+    pub(crate) fn at_once(&mut self, now: Instant) -> Option<Duration> {
+        self.0.at_once(now)
+    }
+
     pub(crate) fn on_end(&mut self, now: Instant, ran_for: Duration) -> Option<Duration> {
         let delay = self.0.on_end(now, ran_for);
         if planted(Bug::IntensityIgnored) {
