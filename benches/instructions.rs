@@ -216,7 +216,7 @@ fn receive_blocks(client: &Client, messages: u64) {
     let mut received = 0;
     for block in client.receiver() {
         received += block.len() as u64;
-        block.for_each(|message| look_at(&message));
+        block.visit(look_at);
         if received >= messages {
             return;
         }

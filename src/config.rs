@@ -302,8 +302,7 @@ impl ClientBuilder {
 
     /// The largest size of each connection's read buffer in bytes: the most that
     /// one system call can bring. It starts with 1 KiB, grows with its feed, and
-    /// shrinks when nothing comes for `ping_interval`. Beyond 64 KiB it grows only
-    /// while fewer than 512 messages fill it. Defaults to 256 KiB.
+    /// shrinks when nothing comes for `ping_interval`. Defaults to 256 KiB.
     pub fn read_buffer_size(mut self, bytes: usize) -> Self {
         self.limits.read_buffer = bytes;
         self

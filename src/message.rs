@@ -59,6 +59,9 @@ pub struct Metadata {
     pub id: Option<MessageId>,
 }
 
+/// Messages of a block that count as delivered together when they are shown.
+const VISITED: u32 = 64;
+
 /// Who keeps the books of a block's messages.
 pub(crate) trait Account: Send + Sync {
     /// `count` messages were handed to the program.
@@ -187,6 +190,29 @@ impl Block {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Shows each message left in it, in order: the fastest way through a block. A
+    /// message that is taken is a handle of its own, made and dropped at a cost that
+    /// is more than that of a glance at a small message; this shows them all through
+    /// one handle, which can be cloned to keep a message.
+    ///
+    /// Messages count as delivered up to 64 at a time, just before the first of them
+    /// is shown. A panic of `show` is the caller's; what it did not see counts as
+    /// delivered.
+    pub fn visit(mut self, mut show: impl FnMut(&Message)) {
+        let mut message = Message { block: Arc::clone(&self.data), index: self.next };
+        while self.next < self.end {
+            let shown = self.next;
+            self.next = self.end.min(shown + VISITED);
+            if let Some(account) = &self.account {
+                account.delivered((self.next - shown) as usize);
+            }
+            for index in shown..self.next {
+                message.index = index;
+                show(&message);
+            }
+        }
     }
 
     /// Payload bytes of all its messages, taken or not.
@@ -385,6 +411,40 @@ mod tests {
         assert_eq!(counts.0.load(Ordering::SeqCst), 3);
         assert_eq!(rest.with_account(counts.clone()).discard(), 2);
         assert_eq!(counts.0.load(Ordering::SeqCst), 3, "discarded is not delivered");
+    }
+
+    #[test]
+    fn a_visit_shows_every_message_left_and_counts_each_once() {
+        let counts = Arc::new(Counts::default());
+        for left in [0, 1, 63, 64, 65, 1000] {
+            let mut builder = block();
+            (0..=left).for_each(|n| builder.push(Payload::Text(&n.to_string()), n, None));
+            let mut block = builder.finish().with_account(counts.clone());
+            let _taken = block.next();
+            let mut seen = 0;
+            let mut kept = None;
+            block.visit(|message| {
+                seen += 1;
+                assert_eq!(message.text(), Some(&*seen.to_string()));
+                assert_eq!(message.metadata().sequence, seen);
+                assert!(counts.0.load(Ordering::SeqCst) as u64 > seen, "shown is delivered");
+                kept.get_or_insert_with(|| message.clone());
+            });
+            assert_eq!((seen, counts.0.swap(0, Ordering::SeqCst) as u64), (left, left + 1));
+            assert!(kept.is_none_or(|message| message.text() == Some("1")), "its own handle");
+        }
+    }
+
+    #[test]
+    fn what_a_visitor_that_panics_has_not_seen_is_delivered_all_the_same() {
+        let counts = Arc::new(Counts::default());
+        let mut builder = block();
+        (0..200).for_each(|n| builder.push(Payload::Text("x"), n, None));
+        let block = builder.finish().with_account(counts.clone());
+        let panics = |message: &Message| assert!(message.metadata().sequence < 70);
+        let visit = std::panic::AssertUnwindSafe(|| block.visit(panics));
+        std::panic::catch_unwind(visit).unwrap_err();
+        assert_eq!(counts.0.load(Ordering::SeqCst), 200);
     }
 
     #[test]

@@ -262,8 +262,10 @@ mod overflow {
 
     const FLOOD: u64 = 20_000;
     const QUEUE: usize = 64;
-    /// Messages of one block, for this queue.
-    const BLOCK: u64 = 8;
+    /// Messages of one block, for this queue: few where blocks are shed.
+    fn block(policy: Overflow) -> u64 {
+        if policy == Overflow::Block { 32 } else { 8 }
+    }
 
     /// Runs a slow consumer against a flood, auditing from another thread all
     /// the while, until the client has received `enough`; what came.
@@ -274,7 +276,7 @@ mod overflow {
                 let mut looks = 0_u64;
                 while looks == 0 || !done.load(SeqCst) {
                     let ledger = audit(client).ledger;
-                    let limit = QUEUE as u64 + BLOCK;
+                    let limit = QUEUE as u64 + block(policy);
                     assert!(ledger.in_flight <= limit, "{policy}: {ledger}");
                     looks += 1;
                     thread::yield_now();
@@ -502,7 +504,7 @@ mod overflow {
     }
 
     /// A queue of as many messages has blocks of one.
-    const SMALL: u64 = 8;
+    const SMALL: u64 = 2;
     /// What a connection may hold beside it, and still connect.
     const HELD: u64 = 15;
 

@@ -9,7 +9,7 @@
 
 use std::io::{self, Read, Write};
 
-use super::frame::{Head, head};
+use super::frame::{Head, WHOLE_BINARY, WHOLE_TEXT, head};
 use crate::block::{BLANK, Entry, Run, Spares};
 
 /// What an idle connection's buffer shrinks to.
@@ -18,13 +18,6 @@ const SMALL: usize = 1024;
 /// Memory that a server's word for the length of a message is good for; what is
 /// larger grows with what arrives.
 const TRUSTED: usize = 64 << 20;
-
-/// What a buffer grows to for small messages: it holds about a block of them.
-const PLENTY: usize = 64 * 1024;
-
-/// A buffer that is filled by fewer messages than half of this grows on: to hand
-/// over a block wakes a thread, and its cost should be shared by many.
-const MANY: usize = 1024;
 
 /// A run ends with the message that fills so much: larger blocks would be coarse
 /// for a queue that is bounded in bytes.
@@ -48,8 +41,6 @@ pub(super) struct Feed<S> {
     /// its entry says.
     run: usize,
     entries: Vec<Entry>,
-    /// How many they were.
-    found: usize,
     /// Buffers to go on with while blocks keep theirs; from the first of these on.
     spares: Option<Spares>,
     /// The buffer may grow to this.
@@ -106,7 +97,6 @@ impl<S: Read> Feed<S> {
             end,
             run: 0,
             entries: Vec::new(),
-            found: 0,
             spares: None,
             largest,
             passed: 0,
@@ -130,19 +120,6 @@ impl<S: Read> Feed<S> {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
         }
-        // It grew for large messages, and they are over.
-        let left = self.end - self.start;
-        if self.found >= MANY.min(most) && self.buffer.len() > PLENTY && left <= PLENTY / 2 {
-            self.buffer.copy_within(self.start..self.end, 0);
-            (self.start, self.end) = (0, left);
-            self.buffer.truncate(PLENTY);
-        }
-        let found = self.gather(most);
-        self.found = self.entries.len();
-        found
-    }
-
-    fn gather(&mut self, most: usize) -> io::Result<()> {
         self.run = self.start;
         if self.passed > 0 || self.large.is_some() || self.fragments {
             return Ok(());
@@ -155,9 +132,8 @@ impl<S: Read> Feed<S> {
                 if self.start > 0 && self.entries.is_empty() {
                     self.make_room(self.end - self.start + 1);
                     self.run = self.start;
-                } else if self.entries.len() * 2 < MANY.min(most)
-                    && self.buffer.len() < self.largest
-                {
+                } else if self.entries.len() * 2 < most && self.buffer.len() < self.largest {
+                    // To hand over a block wakes a thread: many should share that.
                     self.grow();
                 } else {
                     return Ok(());
@@ -183,9 +159,25 @@ impl<S: Read> Feed<S> {
     fn walk(&mut self, most: usize) -> bool {
         let buffer = &mut self.buffer[..self.end];
         let mut at = self.start;
+        let enough = self.run + RUN_BYTES;
+        // The common head of all by itself: two bytes.
+        let short = self.limit.min(125);
         let may_go_on = loop {
-            if self.entries.len() == most || at - self.run >= RUN_BYTES {
+            if self.entries.len() >= most || at >= enough {
                 break false;
+            }
+            if let Some(frame) = buffer.get_mut(at..)
+                && let [first @ (WHOLE_TEXT | WHOLE_BINARY), len, payload @ ..] = frame
+                && usize::from(*len) <= short
+            {
+                let (text, len) = (*first == WHOLE_TEXT, usize::from(*len));
+                if len > payload.len() {
+                    break true;
+                }
+                (frame[0], frame[1]) = (BLANK, BLANK);
+                self.entries.push(Entry::in_run(text, at + 2, len, self.entries.len()));
+                at += 2 + len;
+                continue;
             }
             match head(&buffer[at..]) {
                 Head::Whole { text, header, payload } if payload <= self.limit as u64 => {
@@ -375,7 +367,7 @@ impl<S: Read> Feed<S> {
         let space = self.buffer.len() - self.end;
         let count = self.stream.read(&mut self.buffer[self.end..])?;
         self.end += count;
-        if count == space && self.buffer.len() < self.largest.min(PLENTY) {
+        if count == space && self.buffer.len() < self.largest {
             self.grow();
         }
         Ok(count)
@@ -482,7 +474,7 @@ mod tests {
     fn runs(feed: &mut Feed<&[u8]>) -> (Vec<usize>, usize) {
         let (mut runs, mut largest) = (Vec::new(), 0);
         loop {
-            feed.find_run(1024).unwrap();
+            feed.find_run(4096).unwrap();
             largest = largest.max(feed.buffer.len());
             if feed.run_is_empty() {
                 return (runs, largest);
@@ -511,21 +503,5 @@ mod tests {
         let mut feed = Feed::new(&b""[..], bytes, 4 * LARGEST, usize::MAX);
         let (runs, _) = runs(&mut feed);
         assert_eq!(runs, [27, 27, 27, 19], "of {RUN_BYTES} bytes and one message at most");
-    }
-
-    #[test]
-    fn small_messages_need_no_large_buffer_also_after_large_ones() {
-        let small = frames(50_000, 100);
-        let mut feed = Feed::new(&small[..], Vec::new(), LARGEST, usize::MAX);
-        let (counts, largest) = runs(&mut feed);
-        assert_eq!((counts.iter().sum::<usize>(), largest), (50_000, PLENTY));
-        let large = frames(50, 16_000);
-        let mut feed = Feed::new(&large[..], Vec::new(), LARGEST, usize::MAX);
-        assert_eq!(runs(&mut feed).1, LARGEST);
-        // A stream that has ended brings no more; this one has not.
-        feed.passed = 0;
-        *feed.stream_mut() = &small;
-        runs(&mut feed);
-        assert_eq!(feed.buffer.len(), PLENTY);
     }
 }

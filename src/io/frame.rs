@@ -19,8 +19,8 @@ const FINAL: u8 = 0x80;
 const MASKED: u8 = 0x80;
 const OPCODE: u8 = 0x0f;
 const CONTROL: u8 = 0x08;
-const WHOLE_TEXT: u8 = FINAL | 1;
-const WHOLE_BINARY: u8 = FINAL | 2;
+pub(super) const WHOLE_TEXT: u8 = FINAL | 1;
+pub(super) const WHOLE_BINARY: u8 = FINAL | 2;
 
 /// Reads a frame's head.
 #[inline]

@@ -28,10 +28,12 @@ pub(crate) struct QueuePolicy {
 }
 
 impl QueuePolicy {
-    /// Messages of one block: small against the queue, so that shedding whole
-    /// blocks sheds little more than it must.
+    /// Messages of one block. To hand one over wakes a thread, which should be
+    /// shared by many; where blocks are shed they are small against the queue, so
+    /// that no more goes than must.
     pub(crate) fn block_messages(&self) -> usize {
-        (self.messages / 8).clamp(1, 1024)
+        let share = if self.overflow == Overflow::Block { 2 } else { 8 };
+        (self.messages / share).clamp(1, 4096)
     }
 }
 

@@ -22,7 +22,8 @@
 //! - `torture`: fails each fallible call in its turn.
 //!
 //! `SIM_SEED=n` replays one seed with its events, `SIM_SEEDS=n` runs that many,
-//! `SIM_MINUTES=n` sets their length, `SIM_PLANTED=name` plants one bug, and
+//! `SIM_MINUTES=n` sets their length, `SIM_PLANTED=name` plants one bug,
+//! `SIM_SEED=n SIM_AGAIN=name` replays a world tuned for what once went wrong, and
 //! `SIM_FAULT=name` replays a run with a failing call.
 
 #![allow(dead_code, unused, unreachable_pub, missing_docs, missing_debug_implementations)]

@@ -137,7 +137,7 @@ pub(crate) fn breaches(scene: &mut Scene) {
 pub(crate) fn full_queues(scene: &mut Scene) {
     let Scene { setup, rates, .. } = scene;
     (setup.sessions, setup.overflow) = (true, Overflow::Block);
-    (setup.queue, setup.block) = (64, 8);
+    (setup.queue, setup.block) = (16, 8);
     (setup.restarts, setup.within) = (1000, Duration::from_secs(5));
     rates.mishap = Duration::from_secs(15);
     rates.overlap = 20;
@@ -151,7 +151,7 @@ pub(crate) fn full_queues(scene: &mut Scene) {
 pub(crate) fn restarts(scene: &mut Scene) {
     let Scene { setup, rates, .. } = scene;
     (setup.sessions, setup.overflow, setup.classifier) = (true, Overflow::Block, false);
-    (setup.queue, setup.block) = (8, 1);
+    (setup.queue, setup.block) = (2, 1);
     (setup.dedup, setup.ttl, setup.idle) = (None, None, None);
     (setup.restarts, setup.within) = (1000, Duration::from_secs(5));
     (setup.attempts, setup.reconnects, setup.lossless) = (None, None, true);
@@ -165,6 +165,7 @@ pub(crate) fn restarts(scene: &mut Scene) {
     scene.tune();
     (scene.plan, scene.redundant) = (None, false);
     (scene.failing, scene.consume_most, scene.stall) = (0.0, 10, 0.02);
+    scene.consume_healed = 5 * MS;
 }
 
 /// A pipeline that drains for long, as most messages are tried again, while one
@@ -289,7 +290,7 @@ pub(crate) fn draw_setup(k: &mut Kernel) -> Setup {
         restarts: k.pick(&[0, 3, 3, 5]),
         within: secs(k, &[5, 60]),
         queue,
-        block: (queue / 8).clamp(1, 1024),
+        block: QueuePolicy { messages: queue, bytes: 1 << 20, overflow }.block_messages(),
         overflow,
         dedup,
         lossless: false,

@@ -99,7 +99,8 @@ pub(crate) fn main() -> i32 {
         return torture::replay(&which, bug);
     }
     if let Some(seed) = number("SIM_SEED") {
-        return replay(seed, minutes, bug, usize::MAX);
+        let again = std::env::var("SIM_AGAIN").ok();
+        return replay(seed, minutes, bug, again.as_deref(), usize::MAX);
     }
     let debug = cfg!(debug_assertions);
     let seeds = number("SIM_SEEDS").unwrap_or(if debug { 12 } else { 5000 });
@@ -110,13 +111,7 @@ pub(crate) fn main() -> i32 {
     for (name, tune) in REGRESSIONS {
         for seed in 1..=SEEDS_AGAIN {
             kernel::begin(seed, false);
-            let tuned = || {
-                let mut scene = with(|k| Scene::drawn(k, minutes));
-                scene.plan = None;
-                tune(&mut scene);
-                scene
-            };
-            if let Err((check, how)) = play(None, tuned) {
+            if let Err((check, how)) = play(None, || tuned(*tune, minutes)) {
                 println!("seed {seed} of it breaks {check}: {how}");
                 println!("test result: FAILED. 0 passed; 1 failed: {name}");
                 kernel::begin(0, false);
@@ -175,7 +170,7 @@ fn run(first: u64, seeds: u64, minutes: u64) -> u64 {
                         Err((check, how)) => {
                             println!("seed {seed} breaks {check}: {how}");
                             if failed.fetch_add(1, Ordering::Relaxed) == 0 {
-                                replay(seed, minutes, None, 60);
+                                replay(seed, minutes, None, None, 60);
                             }
                         }
                     }
@@ -275,9 +270,25 @@ fn find(bug: Bug, seeds: u64, minutes: u64) -> bool {
     }
 }
 
-/// Runs one seed with its log, and prints the last lines of it.
-fn replay(seed: u64, minutes: u64, bug: Option<Bug>, last: usize) -> i32 {
-    let result = one(seed, minutes, bug, true);
+/// The world of this seed, tuned for what went wrong.
+fn tuned(tune: fn(&mut Scene), minutes: u64) -> Scene {
+    let mut scene = with(|k| Scene::drawn(k, minutes));
+    scene.plan = None;
+    tune(&mut scene);
+    scene
+}
+
+/// Runs one seed, as it is or tuned again, with its log; prints the last lines of it.
+fn replay(seed: u64, minutes: u64, bug: Option<Bug>, again: Option<&str>, last: usize) -> i32 {
+    let result = match again {
+        None => one(seed, minutes, bug, true),
+        Some(name) => {
+            let known = REGRESSIONS.iter().find(|(known, _)| *known == name);
+            let tune = known.expect("the name of what went wrong").1;
+            kernel::begin(seed, true);
+            play(bug, || tuned(tune, minutes))
+        }
+    };
     let log = with(|k| std::mem::take(&mut k.log));
     kernel::begin(0, false);
     for line in log.iter().skip(log.len().saturating_sub(last)) {
