@@ -87,7 +87,7 @@ pub(crate) const BOOK: &[&str] = &[
     "consumer stalls",
     "consumer leaves",
     "reader panics",
-    "thread ends with a full hold",
+    "thread ends with blocks held",
     "message fails",
     "late alarm",
     "timer panics",

@@ -21,12 +21,11 @@ use crate::logic::connection::Input;
 use crate::logic::heartbeat::{Beat, Liveness};
 use crate::logic::layout::Layouts;
 
-/// Messages written, or read while somebody sends, before the other concerns get
-/// a look.
+/// Messages written before the other concerns get a look.
 const BUDGET: usize = 256;
 
-/// Frames read between two looks at what was posted: a flooding peer must not
-/// starve those who send, or close.
+/// Frames read between two looks at what was posted, and in a turn while somebody
+/// sends: a flooding peer must not starve those who send, or close.
 const LOOK: usize = 64;
 
 /// Who sends now will probably send again soon, and shall not wait for long: so

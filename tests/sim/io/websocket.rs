@@ -25,8 +25,11 @@ struct Turn {
     sent_at: Option<u64>,
 }
 
-/// Messages that a turn sends at most, and reads in one go while somebody sends.
+/// Messages that a turn sends at most.
 const TURN: usize = 256;
+
+/// Messages that a turn reads at most while somebody sends.
+const LOOK: usize = 64;
 
 /// Who sent so lately is taken to send again.
 const LATELY: u64 = 100_000_000;
@@ -47,7 +50,7 @@ impl Turn {
     fn reads_run(&mut self, most: usize) {
         let lately = |k: &Kernel| self.sent_at.is_some_and(|at| k.now < at + LATELY);
         with(|k| {
-            if most > k.ck.setup.block || most > TURN && lately(k) {
+            if most > k.ck.setup.block || most > LOOK && lately(k) {
                 k.broken("turn-bounded", || format!("up to {most} are read in one"));
             }
         });

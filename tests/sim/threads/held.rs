@@ -30,8 +30,8 @@ impl Estate {
     }
 
     pub(crate) fn leave(&self, left: Left) -> Result<(), Held> {
-        if left.held.is_full() {
-            with(|k| k.fault("thread ends with a full hold"));
+        if !left.held.is_empty() {
+            with(|k| k.fault("thread ends with blocks held"));
         }
         self.0.leave(left)
     }

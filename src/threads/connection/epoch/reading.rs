@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{BLOCK_BYTES, BUDGET, Epoch, EpochEnd, LOOK, Leaving, SENDING, origin};
+use super::{BLOCK_BYTES, Epoch, EpochEnd, LOOK, Leaving, SENDING, origin};
 use crate::error::{Error, ErrorKind};
 use crate::event::EventKind;
 use crate::handler::{Acts, MAX_SENDS, Resume};
@@ -122,7 +122,7 @@ impl Epoch<'_> {
     /// How many messages a turn reads at most.
     fn most(&self, block: usize, now: Instant) -> usize {
         let sends = self.sent_at.is_some_and(|at| now.saturating_duration_since(at) < SENDING);
-        if sends { block.min(BUDGET) } else { block }
+        if sends { block.min(LOOK) } else { block }
     }
 
     /// Whether others want a turn: a flooding peer must not starve them.
