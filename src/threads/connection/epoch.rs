@@ -15,8 +15,9 @@ use crate::error::{Error, ErrorKind, Step};
 use crate::handler::{Acts, MAX_SENDS, Origin, Outgoing, Resume};
 use crate::io::dial::{Dialed, timed_out};
 use crate::io::poll::Ready;
+use crate::io::socket::Stream;
 use crate::io::upgrade::Upgraded;
-use crate::io::websocket::Websocket;
+use crate::io::websocket::{Limits, Websocket};
 use crate::logic::connection::Input;
 use crate::logic::heartbeat::{Beat, Liveness};
 use crate::logic::layout::Layouts;
@@ -57,7 +58,7 @@ impl From<Error> for EpochEnd {
 pub(super) struct Epoch<'c> {
     connection: &'c mut Connection,
     number: u64,
-    ws: Websocket,
+    ws: Box<Websocket>,
     upgraded: Upgraded,
     /// Of the texts that ids were found in.
     layouts: Layouts,
@@ -108,12 +109,15 @@ enum Leaving {
 }
 
 impl<'c> Epoch<'c> {
+    /// Boxed, and not inlined: what a thread's stack once held stays its own. So it
+    /// is with what else is large and done with before the thread waits.
+    #[inline(never)]
     pub(super) fn new(
         connection: &'c mut Connection,
         number: u64,
         mut dialed: Dialed,
         deadline: Instant,
-    ) -> Self {
+    ) -> Box<Self> {
         let shared = &connection.shared;
         let now = shared.clock.now();
         let backlog = shared.policy.openings.iter().cloned().collect();
@@ -125,11 +129,11 @@ impl<'c> Epoch<'c> {
         }
         let rest = std::mem::take(&mut dialed.upgraded.rest);
         let behind = rest.len() as u64;
-        let ws = Websocket::new(dialed.stream, rest, shared.policy.limits);
+        let ws = websocket(dialed.stream, rest, shared.policy.limits);
         let (received, sent) = ws.socket().traffic();
         let resume = connection.resume.clone();
         connection.peer().inbox.begin_epoch(number);
-        Self {
+        Box::new(Self {
             connection,
             number,
             ws,
@@ -152,7 +156,7 @@ impl<'c> Epoch<'c> {
             written: sent,
             leaving: Leaving::No,
             leave_by: None,
-        }
+        })
     }
 
     /// Serves the socket until it is lost or the client closes. Guarantees that
@@ -173,6 +177,7 @@ impl<'c> Epoch<'c> {
         end
     }
 
+    #[inline(never)]
     fn take_leave(&mut self, end: EpochEnd) -> EpochEnd {
         match &end {
             EpochEnd::Lost(error) if self.leaving != Leaving::No => {
@@ -212,6 +217,7 @@ impl<'c> Epoch<'c> {
     }
 
     /// Lets the session open.
+    #[inline(never)]
     fn open(&mut self, guest: &mut Guest) -> Result<(), EpochEnd> {
         let outcome = self.gather(self.now(), |epoch, gather| {
             let origin = origin(epoch.connection.index, epoch.number, &epoch.upgraded);
@@ -337,6 +343,7 @@ impl<'c> Epoch<'c> {
         self.flush(now)
     }
 
+    #[inline(never)]
     fn session_heartbeat(&mut self, guest: &mut Guest, now: Instant) -> Result<(), EpochEnd> {
         let Some((interval, due)) = self.beat else { return Ok(()) };
         if now < due || self.opening.is_some() || self.leaving != Leaving::No {
@@ -426,6 +433,7 @@ impl<'c> Epoch<'c> {
 
     /// Tells a server that broke the protocol what it did, if it still listens.
     /// A peer that is gone is told nothing, and nothing is left for it.
+    #[inline(never)]
     fn say_why(&mut self, error: &Error) {
         let code = match error.kind() {
             ErrorKind::NoPong | ErrorKind::WriteStalled => return self.ws.abandon(),
@@ -440,6 +448,11 @@ impl<'c> Epoch<'c> {
     fn now(&self) -> Instant {
         self.connection.shared.clock.now()
     }
+}
+
+#[inline(never)]
+fn websocket(stream: Stream, rest: Vec<u8>, limits: Limits) -> Box<Websocket> {
+    Box::new(Websocket::new(stream, rest, limits))
 }
 
 fn origin(connection: usize, epoch: u64, upgraded: &Upgraded) -> Origin<'_> {

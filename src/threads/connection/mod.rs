@@ -124,14 +124,14 @@ type Answer = Arc<Mutex<Option<io::Result<Vec<SocketAddr>>>>>;
 
 impl Connection {
     /// Made by the monitor, so that a lack of descriptors is its to handle.
-    pub(crate) fn new(shared: Arc<Shared>, index: usize) -> Result<Self, Error> {
+    pub(crate) fn new(shared: Arc<Shared>, index: usize) -> Result<Box<Self>, Error> {
         let poller = Poller::new().map_err(|error| {
             Error::caused(ErrorKind::Spawn, "a poller could not be made", error)
         })?;
         shared.connections[index].inbox.attach(poller.waker());
         let machine = Machine::new(shared.policy.retry.clone());
         let Left { resume, held, quiet } = shared.connections[index].estate.take();
-        Ok(Self {
+        Ok(Box::new(Self {
             shared,
             index,
             poller,
@@ -143,11 +143,12 @@ impl Connection {
             shed: Shed::default(),
             closing: None,
             quiet,
-        })
+        }))
     }
 
-    /// The thread's body.
-    pub(crate) fn run(mut self) -> ThreadEnd {
+    /// The thread's body. Boxed: moved from hand to hand it would take a page of
+    /// each stack.
+    pub(crate) fn run(mut self: Box<Self>) -> ThreadEnd {
         self.hear();
         // Room that came before this thread listened was the monitor's to hear of.
         self.offer_held();
@@ -200,8 +201,7 @@ impl Connection {
         match dial(self, &policy, &request, deadline) {
             Ok(dialed) => {
                 self.step(Input::Opened, &format!("{} upgraded", dialed.peer));
-                // Boxed: what a thread's stack once held stays its own.
-                Box::new(Epoch::new(self, epoch, dialed, deadline)).run()
+                Epoch::new(self, epoch, dialed, deadline).run()
             }
             Err(DialEnd::Failed(error)) => EpochEnd::Lost(error),
             Err(DialEnd::Stopped) => EpochEnd::Closed,

@@ -97,6 +97,7 @@ impl Epoch<'_> {
 
     /// Has `fill` gather messages, and hands them over whatever becomes of it: those
     /// before an error count, and those before a panic, which ends the thread.
+    #[inline(never)]
     pub(super) fn gather<T>(
         &mut self,
         now: Instant,
