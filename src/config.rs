@@ -146,7 +146,7 @@ impl ClientBuilder {
             },
             heartbeat: Heartbeat::default(),
             limits: Limits { read_buffer: 256 * 1024, max_message: 64 << 20 },
-            queue: 8192,
+            queue: 16_384,
             queue_bytes: 64 << 20,
             overflow: Overflow::default(),
             dedup: None,
@@ -308,7 +308,7 @@ impl ClientBuilder {
         self
     }
 
-    /// How many messages the queue to the consumers holds. Defaults to 8,192.
+    /// How many messages the queue to the consumers holds. Defaults to 16,384.
     pub fn queue(mut self, messages: usize) -> Self {
         self.queue = messages;
         self

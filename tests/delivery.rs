@@ -264,7 +264,7 @@ mod overflow {
     const QUEUE: usize = 64;
     /// Messages of one block, for this queue: few where blocks are shed.
     fn block(policy: Overflow) -> u64 {
-        if policy == Overflow::Block { 32 } else { 8 }
+        if policy == Overflow::Block { 16 } else { 8 }
     }
 
     /// Runs a slow consumer against a flood, auditing from another thread all

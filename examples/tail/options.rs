@@ -38,7 +38,7 @@ Staying connected (S is in seconds, fractions allowed):
   --max-attempts N         fails after N failed attempts in a row        [no limit]
 
 When messages come faster than they are consumed:
-  --queue N                how many messages may wait                    [8192]
+  --queue N                how many messages may wait                   [16384]
   --overflow POLICY        when they are more: block, drop-oldest, drop-newest
                            or disconnect                                 [block]
   --work-ms N              pretends that each message takes N ms to consume

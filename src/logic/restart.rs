@@ -75,13 +75,13 @@ impl Restarts {
         Some(delay)
     }
 
-    /// Enters a restart that will happen at `at`, if the intensity allows it.
     /// The same of a thread that cannot be waited for: it is started again now.
     pub(crate) fn at_once(&mut self, now: Instant) -> Option<Duration> {
         self.record(now)?;
         Some(Duration::ZERO)
     }
 
+    /// Enters a restart that will happen at `at`, if the intensity allows it.
     fn record(&mut self, at: Instant) -> Option<()> {
         let within = self.intensity.within;
         self.times.retain(|time| at.saturating_duration_since(*time) <= within);

@@ -122,7 +122,7 @@ impl Monitor {
             match notice {
                 Notice::Ended(child) if child < self.children.len() => self.ended(child),
                 Notice::Ended(child) => self.other_ended(child),
-                Notice::Adopt(lookup) => self.lookups.push(lookup),
+                Notice::Adopt(lookup) => self.adopt(lookup),
                 Notice::Tick => {}
             }
             self.hear_close();
@@ -199,6 +199,13 @@ impl Monitor {
         }
     }
 
+    /// Watches a look-up that its connection has left behind, unless it is over.
+    fn adopt(&mut self, lookup: Orphan) {
+        if !lookup.is_over() {
+            self.lookups.push(lookup);
+        }
+    }
+
     /// Connections that wait for their next thread may hold what consumers wait for.
     fn offer_left(&self) {
         for (index, child) in self.children.iter().enumerate() {
@@ -264,7 +271,8 @@ impl Monitor {
             let (ended, running) = self.lookups.drain(..).partition(Orphan::is_over);
             self.lookups = running;
             let ended: Vec<Orphan> = ended;
-            ended.into_iter().for_each(|lookup| drop(lookup.handle.join()));
+            // Not joined: who still says that it ends may wait for room to say so.
+            drop(ended);
             return;
         }
         let Some(handle) = self.timer.take() else { return };
@@ -383,7 +391,7 @@ impl Monitor {
         while !self.lookups.is_empty() && self.shared.clock.now() < give_up {
             self.shared.timer.arm(self.children.len(), give_up);
             match self.next(Some(give_up)) {
-                Ok(Notice::Adopt(lookup)) => self.lookups.push(lookup),
+                Ok(Notice::Adopt(lookup)) => self.adopt(lookup),
                 Ok(Notice::Ended(child)) if child < self.children.len() => self.ended(child),
                 Ok(Notice::Ended(child)) => self.other_ended(child),
                 Ok(Notice::Tick) => {}
@@ -392,7 +400,7 @@ impl Monitor {
         }
         while let Ok(notice) = self.notices.try_recv() {
             if let Notice::Adopt(lookup) = notice {
-                self.lookups.push(lookup);
+                self.adopt(lookup);
             }
         }
         let connections = self.children.iter_mut().enumerate().filter_map(|(index, child)| {

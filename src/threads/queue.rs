@@ -32,7 +32,8 @@ impl QueuePolicy {
     /// shared by many; where blocks are shed they are small against the queue, so
     /// that no more goes than must.
     pub(crate) fn block_messages(&self) -> usize {
-        let share = if self.overflow == Overflow::Block { 2 } else { 8 };
+        // A connection that waits for room wakes for a quarter of the queue.
+        let share = if self.overflow == Overflow::Block { 4 } else { 8 };
         (self.messages / share).clamp(1, 4096)
     }
 }

@@ -137,7 +137,7 @@ pub(crate) fn breaches(scene: &mut Scene) {
 pub(crate) fn full_queues(scene: &mut Scene) {
     let Scene { setup, rates, .. } = scene;
     (setup.sessions, setup.overflow) = (true, Overflow::Block);
-    (setup.queue, setup.block) = (16, 8);
+    (setup.queue, setup.block) = (32, 8);
     (setup.restarts, setup.within) = (1000, Duration::from_secs(5));
     rates.mishap = Duration::from_secs(15);
     rates.overlap = 20;

@@ -252,7 +252,7 @@ fn setup() -> Setup {
         retry_after_max: secs(10),
         restarts: 3,
         within: secs(5),
-        queue: 16,
+        queue: 32,
         block: 8,
         overflow: Overflow::Block,
         dedup: Some(1_000_000),

@@ -419,7 +419,7 @@ impl Connection {
 }
 
 impl Orphan {
-    /// Whether a join waits for a few instructions at most: it leaves its answer last.
+    /// Whether it has done what it was for: it leaves its answer last.
     pub(crate) fn is_over(&self) -> bool {
         let answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner);
         answer.is_some() || self.handle.is_finished()

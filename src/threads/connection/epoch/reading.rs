@@ -52,7 +52,7 @@ impl Epoch<'_> {
         // Control frames count too: a flood of them must end as well.
         while end.is_ok() && frames < block_messages && self.more {
             // Where the queue is full, no more is read than makes the session ready.
-            let enough = self.blocked && self.opening.is_none();
+            let enough = self.is_quiet() || self.blocked && self.opening.is_none();
             if enough || gather.block.bytes() >= BLOCK_BYTES {
                 break;
             }
