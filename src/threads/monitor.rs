@@ -267,12 +267,8 @@ impl Monitor {
     /// and everybody tells it their deadlines anew.
     fn other_ended(&mut self, child: usize) {
         if child > self.children.len() {
-            // Who says that it ends has not quite ended, and says so once.
-            let (ended, running) = self.lookups.drain(..).partition(Orphan::is_over);
-            self.lookups = running;
-            let ended: Vec<Orphan> = ended;
-            // Not joined: who still says that it ends may wait for room to say so.
-            drop(ended);
+            // Not joined: who says that it ends may wait for room to say so.
+            self.lookups.retain(|lookup| !lookup.is_over());
             return;
         }
         let Some(handle) = self.timer.take() else { return };
