@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvError, RecvTimeoutError, Sender};
 
-use super::connection::{Connection, Orphan, ThreadEnd};
+use super::connection::{Connection, Lookup, ThreadEnd};
 use super::shared::Shared;
 use super::timer::Alarm;
 use super::{JoinHandle, panic_text, receive};
@@ -31,7 +31,7 @@ pub(crate) enum Notice {
     /// The thread of this child is about to end.
     Ended(usize),
     /// A DNS look-up that its connection could not wait for.
-    Adopt(Orphan),
+    Adopt { name: String, lookup: Lookup },
     /// A deadline asked of the timer came, a close was asked for, or the queue has
     /// room for a connection without a thread. Any other notice makes the monitor
     /// look at all of that as well.
@@ -56,7 +56,7 @@ pub(crate) struct Monitor {
     alarms: Alarms,
     children: Vec<Child>,
     timer: Option<JoinHandle<()>>,
-    lookups: Vec<Orphan>,
+    lookups: Vec<(String, Lookup)>,
     /// The connections must be done by then.
     closing: Option<Instant>,
 }
@@ -122,7 +122,7 @@ impl Monitor {
             match notice {
                 Notice::Ended(child) if child < self.children.len() => self.ended(child),
                 Notice::Ended(child) => self.other_ended(child),
-                Notice::Adopt(lookup) => self.adopt(lookup),
+                Notice::Adopt { name, lookup } => self.adopt(name, lookup),
                 Notice::Tick => {}
             }
             self.hear_close();
@@ -200,9 +200,9 @@ impl Monitor {
     }
 
     /// Watches a look-up that its connection has left behind, unless it is over.
-    fn adopt(&mut self, lookup: Orphan) {
+    fn adopt(&mut self, name: String, lookup: Lookup) {
         if !lookup.is_over() {
-            self.lookups.push(lookup);
+            self.lookups.push((name, lookup));
         }
     }
 
@@ -268,7 +268,7 @@ impl Monitor {
     fn other_ended(&mut self, child: usize) {
         if child > self.children.len() {
             // Not joined: who says that it ends may wait for room to say so.
-            self.lookups.retain(|lookup| !lookup.is_over());
+            self.lookups.retain(|(_, lookup)| !lookup.is_over());
             return;
         }
         let Some(handle) = self.timer.take() else { return };
@@ -387,7 +387,7 @@ impl Monitor {
         while !self.lookups.is_empty() && self.shared.clock.now() < give_up {
             self.shared.timer.arm(self.children.len(), give_up);
             match self.next(Some(give_up)) {
-                Ok(Notice::Adopt(lookup)) => self.adopt(lookup),
+                Ok(Notice::Adopt { name, lookup }) => self.adopt(name, lookup),
                 Ok(Notice::Ended(child)) if child < self.children.len() => self.ended(child),
                 Ok(Notice::Ended(child)) => self.other_ended(child),
                 Ok(Notice::Tick) => {}
@@ -395,8 +395,8 @@ impl Monitor {
             }
         }
         while let Ok(notice) = self.notices.try_recv() {
-            if let Notice::Adopt(lookup) = notice {
-                self.adopt(lookup);
+            if let Notice::Adopt { name, lookup } = notice {
+                self.adopt(name, lookup);
             }
         }
         let connections = self.children.iter_mut().enumerate().filter_map(|(index, child)| {
@@ -404,8 +404,8 @@ impl Monitor {
             (!handle.is_finished()).then(|| format!("broadsock-conn-{index}"))
         });
         let mut stuck: Vec<String> = connections.collect();
-        let lookups = self.lookups.drain(..).filter(|lookup| !lookup.is_over());
-        stuck.extend(lookups.map(|lookup| lookup.name));
+        let lookups = self.lookups.drain(..).filter(|(_, lookup)| !lookup.is_over());
+        stuck.extend(lookups.map(|(name, _)| name));
         stuck
     }
 }

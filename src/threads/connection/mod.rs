@@ -103,18 +103,11 @@ struct Shed {
 
 /// A DNS look-up under way. It cannot be interrupted, so there is at most one:
 /// the next attempt takes over what the last one could not wait for.
-struct Lookup {
+#[derive(Debug)]
+pub(crate) struct Lookup {
     host: String,
     port: u16,
     handle: JoinHandle<()>,
-    answer: Answer,
-}
-
-/// A look-up that its connection has left behind.
-#[derive(Debug)]
-pub(crate) struct Orphan {
-    pub(crate) name: String,
-    pub(crate) handle: JoinHandle<()>,
     answer: Answer,
 }
 
@@ -418,7 +411,7 @@ impl Connection {
     }
 }
 
-impl Orphan {
+impl Lookup {
     /// Whether it has done what it was for: it leaves its answer last.
     pub(crate) fn is_over(&self) -> bool {
         let answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner);
@@ -493,8 +486,7 @@ impl Drop for Connection {
         self.peer().inbox.detach();
         if let Some(lookup) = self.lookup.take() {
             let name = format!("broadsock-dns-{}", self.index);
-            let lookup = Orphan { name, handle: lookup.handle, answer: lookup.answer };
-            let notice = Notice::Adopt(lookup);
+            let notice = Notice::Adopt { name, lookup };
             let _ = self.shared.spawner.monitor.try_send(notice);
         }
     }

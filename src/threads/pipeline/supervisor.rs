@@ -190,7 +190,7 @@ impl<H: Handler> Supervisor<H> {
             match notice {
                 Notice::Ended(child) => self.ended(child),
                 // Whoever posts these has put what to look at into the flow.
-                Notice::Tick | Notice::Adopt(_) => {}
+                Notice::Tick | Notice::Adopt { .. } => {}
             }
             self.restart_due();
             self.report_slow();
