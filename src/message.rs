@@ -29,6 +29,13 @@ pub struct Message {
 /// [`Client::receiver`](crate::Client::receiver) yields; a message counts as
 /// delivered when it is taken out of the block or when the block is dropped.
 pub struct Block {
+    /// Boxed, as a queue has a slot for each of thousands of blocks before there is
+    /// any.
+    view: Box<View>,
+}
+
+/// Some of the messages of a block.
+struct View {
     data: Arc<BlockData>,
     next: u32,
     end: u32,
@@ -175,15 +182,19 @@ impl BlockBuilder {
     pub(crate) fn finish(self) -> Block {
         let (data, bytes) = self.build();
         let end = narrow(data.entries.len());
-        Block { data: Arc::new(data), next: 0, end, account: None, bytes }
+        Block::of(View { data: Arc::new(data), next: 0, end, account: None, bytes })
     }
 }
 
 impl Block {
+    fn of(view: View) -> Self {
+        Self { view: Box::new(view) }
+    }
+
     /// How many messages are left in it.
     #[must_use]
     pub fn len(&self) -> usize {
-        (self.end - self.next) as usize
+        (self.view.end - self.view.next) as usize
     }
 
     /// Whether every message was taken.
@@ -201,14 +212,14 @@ impl Block {
     /// is shown. A panic of `show` is the caller's; what it did not see counts as
     /// delivered.
     pub fn visit(mut self, mut show: impl FnMut(&Message)) {
-        let mut message = Message { block: Arc::clone(&self.data), index: self.next };
-        while self.next < self.end {
-            let shown = self.next;
-            self.next = self.end.min(shown + VISITED);
-            if let Some(account) = &self.account {
-                account.delivered((self.next - shown) as usize);
+        let mut message = Message { block: Arc::clone(&self.view.data), index: self.view.next };
+        while self.view.next < self.view.end {
+            let shown = self.view.next;
+            self.view.next = self.view.end.min(shown + VISITED);
+            if let Some(account) = &self.view.account {
+                account.delivered((self.view.next - shown) as usize);
             }
-            for index in shown..self.next {
+            for index in shown..self.view.next {
                 message.index = index;
                 show(&message);
             }
@@ -217,44 +228,44 @@ impl Block {
 
     /// Payload bytes of all its messages, taken or not.
     pub(crate) fn bytes(&self) -> usize {
-        self.bytes
+        self.view.bytes
     }
 
     /// The ids of the messages left in it.
     pub(crate) fn ids(&self) -> impl Iterator<Item = MessageId> + '_ {
         // The table is empty without dedup.
-        let end = self.data.ids.len().min(self.end as usize);
-        self.data.ids[end.min(self.next as usize)..end].iter().filter_map(|id| *id)
+        let end = self.view.data.ids.len().min(self.view.end as usize);
+        self.view.data.ids[end.min(self.view.next as usize)..end].iter().filter_map(|id| *id)
     }
 
     /// Lets go of the messages left in it without counting them as delivered.
     pub(crate) fn discard(mut self) -> usize {
         let left = self.len();
-        if let Some(account) = self.account.take() {
-            account.freed(self.bytes);
+        if let Some(account) = self.view.account.take() {
+            account.freed(self.view.bytes);
         }
         left
     }
 
     /// Takes all messages out of it, which are counted as delivered together.
     pub(crate) fn take_into(mut self, messages: &mut Vec<Message>) {
-        let message = |index| Message { block: Arc::clone(&self.data), index };
-        messages.extend((self.next..self.end).map(message));
-        if let Some(account) = &self.account {
+        let message = |index| Message { block: Arc::clone(&self.view.data), index };
+        messages.extend((self.view.next..self.view.end).map(message));
+        if let Some(account) = &self.view.account {
             account.delivered(self.len());
         }
-        self.next = self.end;
+        self.view.next = self.view.end;
     }
 
     /// From now on `account` is told what happens to the messages.
     pub(crate) fn with_account(mut self, account: Arc<dyn Account>) -> Self {
-        self.account = Some(account);
+        self.view.account = Some(account);
         self
     }
 
     /// From now on nobody is told: it never entered the queue.
     pub(crate) fn without_account(mut self) -> Self {
-        self.account = None;
+        self.view.account = None;
         self
     }
 }
@@ -264,12 +275,12 @@ impl Iterator for Block {
 
     #[inline]
     fn next(&mut self) -> Option<Message> {
-        if self.next == self.end {
+        if self.view.next == self.view.end {
             return None;
         }
-        let message = Message { block: Arc::clone(&self.data), index: self.next };
-        self.next += 1;
-        if let Some(account) = &self.account {
+        let message = Message { block: Arc::clone(&self.view.data), index: self.view.next };
+        self.view.next += 1;
+        if let Some(account) = &self.view.account {
             account.delivered(1);
         }
         Some(message)
@@ -284,9 +295,9 @@ impl ExactSizeIterator for Block {}
 
 impl Drop for Block {
     fn drop(&mut self) {
-        if let Some(account) = self.account.take() {
+        if let Some(account) = self.view.account.take() {
             account.delivered(self.len());
-            account.freed(self.bytes);
+            account.freed(self.view.bytes);
         }
     }
 }
@@ -325,19 +336,25 @@ impl fmt::Debug for MessageId {
 impl Block {
     /// Splits off what lies behind the first `keep` messages.
     pub(crate) fn split_off(&mut self, keep: usize) -> Block {
-        let middle = self.end.min(self.next + u32::try_from(keep).unwrap_or(u32::MAX));
-        let data = Arc::clone(&self.data);
-        let rest = Block { data, next: middle, end: self.end, account: None, bytes: self.bytes };
-        self.end = middle;
+        let middle = self.view.end.min(self.view.next + u32::try_from(keep).unwrap_or(u32::MAX));
+        let data = Arc::clone(&self.view.data);
+        let rest = Self::of(View {
+            data,
+            next: middle,
+            end: self.view.end,
+            account: None,
+            bytes: self.view.bytes,
+        });
+        self.view.end = middle;
         rest
     }
 
     /// Splits off the first `count` messages. The bytes stay with the rest.
     pub(crate) fn split_front(&mut self, count: usize) -> Block {
-        let middle = self.end.min(self.next + narrow(count));
-        let (data, account) = (Arc::clone(&self.data), self.account.clone());
-        let front = Block { data, next: self.next, end: middle, account, bytes: 0 };
-        self.next = middle;
+        let middle = self.view.end.min(self.view.next + narrow(count));
+        let (data, account) = (Arc::clone(&self.view.data), self.view.account.clone());
+        let front = Self::of(View { data, next: self.view.next, end: middle, account, bytes: 0 });
+        self.view.next = middle;
         front
     }
 }
@@ -388,7 +405,7 @@ mod tests {
         builder.push(Payload::Text("a"), 1, None);
         builder.push(Payload::Binary(b"bb"), 2, Some(MessageId::new(5)));
         let mut block = builder.finish();
-        let weak = Arc::downgrade(&block.data);
+        let weak = Arc::downgrade(&block.view.data);
         let _first = block.next().map(Message::into_owned);
         let second = block.next().map(Message::into_owned).unwrap();
         drop(block);

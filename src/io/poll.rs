@@ -54,7 +54,8 @@ impl Poller {
         let poll = Poll::new()?;
         let waker = mio::Waker::new(poll.registry(), WAKER)?;
         let shared = Arc::new(WakerShared { waker, sleeping: AtomicBool::new(false) });
-        let events = Events::with_capacity(16);
+        // Its own socket and the waker; of the many of a dial the rest come next time.
+        let events = Events::with_capacity(4);
         Ok(Self { poll, events, waker: Waker { shared }, last_token: WAKER.0 })
     }
 

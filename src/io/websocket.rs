@@ -18,7 +18,7 @@ use crate::message::{BlockBuilder, Payload};
 const WRITE_BUFFER: usize = 64 * 1024;
 
 /// tungstenite reads control frames and fragments only, out of a larger buffer.
-const CONTROL_BUFFER: usize = 1024;
+const CONTROL_BUFFER: usize = 256;
 
 /// tungstenite takes the memory for a frame on the word of its head: what it is to
 /// read, which is no whole message, may not be longer, however large messages may

@@ -1,5 +1,7 @@
 //! The identity of a message: a keyed 128-bit hash.
 
+use std::sync::Arc;
+
 use xxhash_rust::xxh3::xxh3_128_with_secret;
 
 use crate::message::MessageId;
@@ -14,13 +16,14 @@ const SPREAD: u128 = 0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835;
 /// (among 10^9 ids, with a chance of 10^-20).
 #[derive(Clone)]
 pub(crate) struct Identity {
-    key: Box<[u8; KEY]>,
+    /// Shared by all connections.
+    key: Arc<[u8; KEY]>,
 }
 
 impl Identity {
     /// `key` must be drawn at random for each process.
     pub(crate) fn new(key: [u8; KEY]) -> Self {
-        Self { key: Box::new(key) }
+        Self { key: Arc::new(key) }
     }
 
     /// The identity of `id`; `kind` keeps apart what is equal in bytes only.
