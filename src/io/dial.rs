@@ -68,6 +68,10 @@ impl From<Error> for DialEnd {
     }
 }
 
+// None of these steps is inlined: what a connection that waits has on its stack are
+// pages that its deepest moment touched, and each step may have what it needs after
+// the one before gave it back.
+
 /// Connects as `request` asks. `deadline` is `connect_timeout` from the start
 /// of the attempt; the session's opening has what is left of it.
 pub(crate) fn dial(
@@ -124,6 +128,7 @@ struct Dial<'a, D> {
 }
 
 impl<D: Driver> Dial<'_, D> {
+    #[inline(never)]
     fn resolve(&mut self) -> Result<Vec<SocketAddr>, DialEnd> {
         let (host, port) = (&self.target.host, self.target.port);
         if let Ok(ip) = host.parse() {
@@ -139,6 +144,7 @@ impl<D: Driver> Dial<'_, D> {
     }
 
     /// Races all addresses, each started a little after the one before.
+    #[inline(never)]
     fn connect(&mut self, addrs: &[SocketAddr]) -> Result<(Socket, SocketAddr), DialEnd> {
         let mut race = Race { waiting: addrs.iter().copied().collect(), ..Race::default() };
         loop {
@@ -166,6 +172,7 @@ impl<D: Driver> Dial<'_, D> {
     }
 
     #[cfg(feature = "tls")]
+    #[inline(never)]
     fn handshake(&mut self, socket: Socket, peer: SocketAddr) -> Result<Stream, DialEnd> {
         use super::tls::Handshake;
         let host = &self.target.host;
@@ -193,6 +200,7 @@ impl<D: Driver> Dial<'_, D> {
         Err(Error::new(ErrorKind::Url, "wss:// needs the cargo feature `tls`").into())
     }
 
+    #[inline(never)]
     fn upgrade(
         &mut self,
         stream: &mut Stream,

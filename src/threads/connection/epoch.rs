@@ -15,7 +15,6 @@ use crate::error::{Error, ErrorKind, Step};
 use crate::handler::{Acts, MAX_SENDS, Origin, Outgoing, Resume};
 use crate::io::dial::{Dialed, timed_out};
 use crate::io::poll::Ready;
-use crate::io::socket::Stream;
 use crate::io::upgrade::Upgraded;
 use crate::io::websocket::{Limits, Websocket};
 use crate::logic::connection::Input;
@@ -115,7 +114,7 @@ impl<'c> Epoch<'c> {
     pub(super) fn new(
         connection: &'c mut Connection,
         number: u64,
-        mut dialed: Dialed,
+        opened: Opened,
         deadline: Instant,
     ) -> Box<Self> {
         let shared = &connection.shared;
@@ -127,9 +126,7 @@ impl<'c> Epoch<'c> {
         if blocked {
             live.pause(now);
         }
-        let rest = std::mem::take(&mut dialed.upgraded.rest);
-        let behind = rest.len() as u64;
-        let ws = websocket(dialed.stream, rest, shared.policy.limits);
+        let Opened { ws, upgraded, behind } = opened;
         let (received, sent) = ws.socket().traffic();
         let resume = connection.resume.clone();
         connection.peer().inbox.begin_epoch(number);
@@ -137,7 +134,7 @@ impl<'c> Epoch<'c> {
             connection,
             number,
             ws,
-            upgraded: dialed.upgraded,
+            upgraded,
             layouts: Layouts::default(),
             live,
             sequence: 0,
@@ -194,8 +191,7 @@ impl<'c> Epoch<'c> {
 
     /// The outer result is that of the thread: an error is a panic.
     fn serve(&mut self) -> thread::Result<EpochEnd> {
-        let policy = self.connection.shared.policy.clone();
-        let mut guest = match Guest::new(policy.session.as_ref()) {
+        let mut guest = match Guest::new(self.connection.shared.policy.session.as_ref()) {
             Ok(guest) => guest,
             Err(failure) => return Ok(self.fail(failure)),
         };
@@ -270,6 +266,7 @@ impl<'c> Epoch<'c> {
 
     /// Begins to close, or hurries up after a close with less time: what
     /// programs have queued is sent first.
+    #[inline(never)]
     fn leave(&mut self, deadline: Instant) {
         if self.leave_by.replace(deadline) == Some(deadline) {
             return;
@@ -300,6 +297,7 @@ impl<'c> Epoch<'c> {
         }
     }
 
+    #[inline(never)]
     fn look_at_the_time(&mut self, guest: &mut Guest, now: Instant) -> Result<(), EpochEnd> {
         match self.leaving {
             Leaving::Draining { end, .. } | Leaving::Sent { end } if now >= end => {
@@ -327,6 +325,7 @@ impl<'c> Epoch<'c> {
         self.session_heartbeat(guest, now)
     }
 
+    #[inline(never)]
     fn ping(&mut self, now: Instant) -> Result<(), EpochEnd> {
         if matches!(self.leaving, Leaving::Sent { .. }) {
             return Ok(());
@@ -450,9 +449,22 @@ impl<'c> Epoch<'c> {
     }
 }
 
-#[inline(never)]
-fn websocket(stream: Stream, rest: Vec<u8>, limits: Limits) -> Box<Websocket> {
-    Box::new(Websocket::new(stream, rest, limits))
+/// An upgraded socket that nothing was read from yet.
+pub(super) struct Opened {
+    ws: Box<Websocket>,
+    upgraded: Upgraded,
+    /// Bytes that came with the upgrade's answer.
+    behind: u64,
+}
+
+impl Opened {
+    #[inline(never)]
+    pub(super) fn new(dialed: Dialed, limits: Limits) -> Self {
+        let Dialed { stream, mut upgraded, .. } = dialed;
+        let rest = std::mem::take(&mut upgraded.rest);
+        let behind = rest.len() as u64;
+        Self { ws: Box::new(Websocket::new(stream, rest, limits)), upgraded, behind }
+    }
 }
 
 fn origin(connection: usize, epoch: u64, upgraded: &Upgraded) -> Origin<'_> {

@@ -29,7 +29,7 @@ use crate::logic::connection::{Fate, Illegal, Input, Loss, Machine, RetryPolicy}
 use crate::logic::heartbeat::Heartbeat;
 use crate::metrics::DropReason;
 
-use epoch::{Epoch, EpochEnd};
+use epoch::{Epoch, EpochEnd, Opened};
 pub(crate) use ids::{IdFunction, IdSource, Ids};
 
 /// Under a flood messages are shed thousands of times a second: one event in so
@@ -170,6 +170,7 @@ impl Connection {
 
     /// Waits with the next attempt as long as nothing could be read: a session that
     /// must hear from its server would not open.
+    #[inline(never)]
     fn await_room(&mut self) -> Result<(), DialEnd> {
         if self.offer_held() || !self.held.is_full() {
             return Ok(());
@@ -183,22 +184,26 @@ impl Connection {
 
     /// One epoch, from its request to the loss of its socket.
     fn attempt(&mut self) -> EpochEnd {
-        let policy = self.shared.policy.dial.clone();
-        let deadline = self.shared.clock.after(policy.connect_timeout);
-        let epoch = self.peer().metrics.attempt();
-        self.step(Input::Start, &format!("attempt {}", self.machine.failures() + 1));
-        let request = match self.request(epoch) {
-            Ok(request) => request,
-            Err(error) => return EpochEnd::Lost(error),
-        };
-        match dial(self, &policy, &request, deadline) {
-            Ok(dialed) => {
-                self.step(Input::Opened, &format!("{} upgraded", dialed.peer));
-                Epoch::new(self, epoch, dialed, deadline).run()
-            }
+        match self.connect() {
+            Ok(epoch) => epoch.run(),
             Err(DialEnd::Failed(error)) => EpochEnd::Lost(error),
             Err(DialEnd::Stopped) => EpochEnd::Closed,
         }
+    }
+
+    /// The first half of it. Not inlined: an epoch that waits for its server should
+    /// not lie upon what the attempt needed of the stack.
+    #[inline(never)]
+    fn connect(&mut self) -> Result<Box<Epoch<'_>>, DialEnd> {
+        let policy = self.shared.policy.dial.clone();
+        let deadline = self.shared.clock.after(policy.connect_timeout);
+        let number = self.peer().metrics.attempt();
+        self.step(Input::Start, &format!("attempt {}", self.machine.failures() + 1));
+        let request = self.request(number).map_err(DialEnd::Failed)?;
+        let dialed = dial(self, &policy, &request, deadline)?;
+        self.step(Input::Opened, &format!("{} upgraded", dialed.peer));
+        let opened = Opened::new(dialed, self.shared.policy.limits);
+        Ok(Epoch::new(self, number, opened, deadline))
     }
 
     fn request(&self, epoch: u64) -> Result<Request, Error> {
@@ -228,6 +233,7 @@ impl Connection {
     }
 
     /// Decides what follows from a loss, and tells of it, once.
+    #[inline(never)]
     fn lost(&mut self, error: Error) -> Result<Duration, ThreadEnd> {
         let now = self.shared.clock.now();
         let from = self.machine.state();
@@ -270,6 +276,7 @@ impl Connection {
 
     /// Waits before the next attempt; a close ends the wait.
     /// A thread that cannot wait must end, or it would try without a pause.
+    #[inline(never)]
     fn back_off(&mut self, delay: Duration) -> Result<(), Error> {
         let until = self.shared.clock.after(delay);
         while self.closing.is_none() && self.shared.clock.now() < until {
@@ -380,6 +387,7 @@ impl Connection {
         }
     }
 
+    #[inline(never)]
     fn start_lookup(&mut self, host: &str, port: u16) -> Result<(), Error> {
         let (resolver, name) = (self.shared.policy.resolver.clone(), host.to_owned());
         let inbox = self.peer().inbox.clone();

@@ -12,6 +12,7 @@ use crate::io::websocket::Incoming;
 use crate::message::{Block, BlockBuilder};
 use crate::metrics::DropReason;
 use crate::threads::connection::guest::{Gather, Guest, Outcome};
+use crate::threads::connection::ids::Ids;
 use crate::threads::queue::Offer;
 
 impl Epoch<'_> {
@@ -104,20 +105,27 @@ impl Epoch<'_> {
         fill: impl FnOnce(&mut Self, &mut Gather<'_>) -> Result<T, EpochEnd>,
     ) -> Result<T, EpochEnd> {
         let shared = Arc::clone(&self.connection.shared);
-        let mut gather = Gather {
+        let mut gather = self.gatherer(&shared.policy.ids, now);
+        let filled = catch_unwind(AssertUnwindSafe(|| fill(self, &mut gather)));
+        let handed = self.hand_over(gather);
+        let filled = filled.unwrap_or_else(|panic| resume_unwind(panic));
+        handed.and(filled)
+    }
+
+    /// Boxed, and made elsewhere: it would lie on the stack of a thread that waits,
+    /// more than once.
+    #[inline(never)]
+    fn gatherer<'i>(&mut self, ids: &'i Ids, now: Instant) -> Box<Gather<'i>> {
+        Box::new(Gather {
             block: BlockBuilder::new(self.connection.index, self.number, now),
-            ids: &shared.policy.ids,
+            ids,
             messages: 0,
             skipped: 0,
             sequence: self.sequence,
             raw_id: Vec::new(),
             panic: None,
             layouts: std::mem::take(&mut self.layouts),
-        };
-        let filled = catch_unwind(AssertUnwindSafe(|| fill(self, &mut gather)));
-        let handed = self.hand_over(gather);
-        let filled = filled.unwrap_or_else(|panic| resume_unwind(panic));
-        handed.and(filled)
+        })
     }
 
     /// How many messages a turn reads at most.
@@ -177,6 +185,7 @@ impl Epoch<'_> {
         (read, outcome)
     }
 
+    #[inline(never)]
     pub(super) fn control(&mut self, incoming: Incoming, now: Instant) -> Result<(), EpochEnd> {
         match incoming {
             Incoming::Pong(payload) => {
@@ -225,7 +234,7 @@ impl Epoch<'_> {
     }
 
     /// Hands what was read to the queue.
-    fn hand_over(&mut self, gather: Gather<'_>) -> Result<(), EpochEnd> {
+    fn hand_over(&mut self, gather: Box<Gather<'_>>) -> Result<(), EpochEnd> {
         self.layouts = gather.layouts;
         self.connection.peer().metrics.messages.add(gather.messages);
         if let Some(panic) = gather.panic {
