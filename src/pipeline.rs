@@ -279,6 +279,11 @@ impl Pipeline {
 
     /// Changes the rate limit while running.
     ///
+    /// A change as such lets nothing pass: what may pass at this moment is carried
+    /// over, up to what the new limit allows. A window of the same length goes on,
+    /// any other starts now, so a program that changes the length more often than
+    /// windows end keeps everything waiting.
+    ///
     /// # Errors
     ///
     /// The limit is unusable, or the pipeline was started without one.

@@ -103,6 +103,8 @@ pub(crate) struct Books {
     pub(crate) closing: u32,
     pub(crate) paused: bool,
     pub(crate) limited: bool,
+    /// When the rate limit was changed last: a window of another length begins then.
+    pub(crate) changed: u64,
     /// It was resized: counters of workers may be gone.
     pub(crate) resized: bool,
     pub(super) drains: Option<u64>,

@@ -123,7 +123,10 @@ pub(crate) fn sweep(k: &mut Kernel) {
         // A processor may hold still for one that it tries again later.
         let held = wk.plan().hold && now <= last_due + SLACK;
         let is_overdue = |fate: &Fate| match fate.stage {
-            Stage::Waits => !held && now > wk.left.max(fate.since) + rate + SLACK,
+            Stage::Waits => {
+                let since = wk.left.max(fate.since).max(wk.changed);
+                !held && now > since + rate + SLACK
+            }
             Stage::Retries(_, high) => !held && now > high + SLACK,
             Stage::Batched(..) if drains => true,
             Stage::Batched(name, _) => now > fate.batched.saturating_add(time_of(name) + SLACK),
