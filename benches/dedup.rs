@@ -110,7 +110,14 @@ fn nanos_grouped(ids: &[u128], here: &mut Dedup, now: Instant) -> f64 {
     let mut right = 0;
     for group in ids.chunks(64) {
         here.touch(group.iter().copied());
-        right += group.iter().filter(|id| here.accept(**id, now)).count();
+        let mut at = 0;
+        while at < group.len() {
+            let usual = here.accept_usual(group[at..].iter().copied());
+            at += usual;
+            let one = group.get(at).is_some_and(|id| here.accept(*id, now));
+            right += usual + usize::from(one);
+            at += 1;
+        }
     }
     let nanos = start.elapsed().as_nanos() as f64;
     assert_eq!(right, ids.len(), "a fresh id is accepted");

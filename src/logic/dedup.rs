@@ -138,30 +138,44 @@ impl Dedup {
 
     /// Whether a message with this id is fresh, and from now on in flight;
     /// `false`: it is a duplicate.
-    #[inline]
     pub(crate) fn accept(&mut self, id: u128, now: Instant) -> bool {
+        self.accept_usual(std::iter::once(id)) == 1 || self.accept_carefully(Key::of(id), now)
+    }
+
+    /// Accepts ids in turn for as long as they are fresh and need no closer look, and
+    /// says how many: the next one is for [`accept`](Self::accept) to judge.
+    #[inline]
+    pub(crate) fn accept_usual(&mut self, ids: impl Iterator<Item = u128>) -> usize {
         // Most ids are unlike all others of their line, and take the place of one
         // that counts no more: that much is decided in one branch, as nobody could
-        // predict several.
-        let key = Key::of(id);
-        let number = self.following();
-        let Some(oldest) = self.ring.get_mut(self.next) else {
-            return self.accept_carefully(key, now);
-        };
-        let index = key.index(self.lines.len());
-        let line = &mut self.lines[index];
-        let age = number.wrapping_sub(line.slot_in_turn()) & self.numbers;
-        let is_usual = (line.alike(key, self.numbers) == 0)
-            & !line.has_spilled()
-            & (age >= self.plain_capacity)
-            & !oldest.is(SPILLED);
-        if !is_usual {
-            return self.accept_carefully(key, now);
+        // predict several. What holds for all of them stays in registers.
+        let Self { lines, ring, numbers, plain_capacity, capacity, .. } = self;
+        let (lines, ring) = (lines.as_mut_slice(), ring.as_mut_slice());
+        let (numbers, oldest_that_counts, behind_last) =
+            (*numbers, *plain_capacity, *capacity as usize);
+        let (mut number, mut next, mut accepted) = (self.number, self.next, 0);
+        for id in ids {
+            let key = Key::of(id);
+            let Some(oldest) = ring.get_mut(next) else { break };
+            let following = (number + 1) & numbers;
+            let index = key.index(lines.len());
+            let line = &mut lines[index];
+            let age = following.wrapping_sub(line.slot_in_turn()) & numbers;
+            let is_usual = (line.alike(key, numbers) == 0)
+                & !line.has_spilled()
+                & (age >= oldest_that_counts)
+                & !oldest.is(SPILLED);
+            if !is_usual {
+                break;
+            }
+            *oldest = key;
+            line.fill_in_turn(key.slot(following, numbers));
+            number = following;
+            next = if next + 1 == behind_last { 0 } else { next + 1 };
+            accepted += 1;
         }
-        *oldest = key;
-        line.fill_in_turn(key.slot(number, self.numbers));
-        self.step(number);
-        true
+        (self.number, self.next) = (number, next);
+        accepted
     }
 
     /// The same, whatever the window and the id are like.

@@ -151,11 +151,16 @@ impl Queue {
             let mut without = 0;
             block.retain(|ids, fresh| {
                 dedup.touch(ids.iter().flatten().map(|id| id.to_u128()));
-                for (id, fresh) in ids.iter().zip(fresh) {
-                    match id {
-                        Some(id) => *fresh = dedup.accept(id.to_u128(), now),
-                        None => without += 1,
+                let mut at = 0;
+                while at < ids.len() {
+                    let next = ids[at..].iter().map_while(|id| id.map(MessageId::to_u128));
+                    at += dedup.accept_usual(next);
+                    match ids.get(at) {
+                        Some(Some(id)) => fresh[at] = dedup.accept(id.to_u128(), now),
+                        Some(None) => without += 1,
+                        None => {}
                     }
+                    at += 1;
                 }
             });
             self.without_id.add(without);

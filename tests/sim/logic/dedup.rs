@@ -23,6 +23,13 @@ impl Dedup {
         fresh || planted(Bug::DuplicateAccepted) && id % 64 == 7
     }
 
+    pub(crate) fn accept_usual(&mut self, ids: impl Iterator<Item = u128>) -> usize {
+        if planted(Bug::FreshTakenForDuplicate) || planted(Bug::DuplicateAccepted) {
+            return 0;
+        }
+        self.0.accept_usual(ids)
+    }
+
     pub(crate) fn touch(&self, ids: impl Iterator<Item = u128>) {
         self.0.touch(ids);
     }
