@@ -11,6 +11,7 @@ use std::str::Utf8Error;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use faststr::FastStr;
 use tungstenite::{Bytes, Utf8Bytes};
 
 use crate::handler::Data;
@@ -44,7 +45,7 @@ pub(crate) struct BlockData {
     pub(crate) received_at: Instant,
     /// Sequence that the entries' are counted from.
     pub(crate) base: u64,
-    text: String,
+    text: FastStr,
     binary: Vec<u8>,
     large: Vec<Large>,
     pub(crate) entries: Vec<Entry>,
@@ -190,7 +191,7 @@ impl BlockData {
     #[inline]
     pub(crate) fn text_of(&self, entry: &Entry) -> Option<&str> {
         match entry.kind {
-            Kind::Text => Some(&self.text[entry.range()]),
+            Kind::Text => Some(&self.text.as_str()[entry.range()]),
             Kind::Binary => None,
             Kind::Large => match &self.large[entry.start as usize] {
                 Large::Text(text) => Some(text.as_str()),
@@ -202,7 +203,7 @@ impl BlockData {
     #[inline]
     pub(crate) fn bytes_of(&self, entry: &Entry) -> &[u8] {
         match entry.kind {
-            Kind::Text => &self.text.as_bytes()[entry.range()],
+            Kind::Text => &self.text.as_str().as_bytes()[entry.range()],
             Kind::Binary => &self.binary[entry.range()],
             Kind::Large => self.large[entry.start as usize].bytes(),
         }
@@ -227,7 +228,7 @@ impl BlockData {
     /// As it would be put into another block: what is large is shared.
     fn payload_of(&self, entry: &Entry) -> Payload<'_> {
         match entry.kind {
-            Kind::Text => Payload::Text(&self.text[entry.range()]),
+            Kind::Text => Payload::Text(&self.text.as_str()[entry.range()]),
             Kind::Binary => Payload::Binary(&self.binary[entry.range()]),
             Kind::Large => match &self.large[entry.start as usize] {
                 Large::Text(text) => Payload::OwnedText(text.clone()),
@@ -241,7 +242,8 @@ impl Drop for BlockData {
     /// Returns the memory of a run.
     fn drop(&mut self) {
         let Some(home) = self.home.take() else { return };
-        let text = std::mem::take(&mut self.text).into_bytes();
+        // Nobody else has it: nothing is copied.
+        let text = Vec::from(std::mem::take(&mut self.text).into_bytes());
         let binary = std::mem::take(&mut self.binary);
         let bytes = if text.capacity() >= binary.capacity() { text } else { binary };
         let (mut entries, mut ids) =
@@ -271,6 +273,8 @@ impl Large {
 /// Gathers the messages of one turn of the reader into a block.
 pub(crate) struct BlockBuilder {
     data: BlockData,
+    /// Texts that were copied together; the data has them when it is complete.
+    text: String,
     /// Payload bytes of its messages.
     bytes: usize,
     /// Some of the messages that it holds the bytes of are no longer in it.
@@ -285,13 +289,14 @@ impl BlockBuilder {
                 epoch,
                 received_at,
                 base: 0,
-                text: String::new(),
+                text: FastStr::empty(),
                 binary: Vec::new(),
                 large: Vec::new(),
                 entries: Vec::new(),
                 ids: Vec::new(),
                 home: None,
             },
+            text: String::new(),
             bytes: 0,
             thinned: false,
         }
@@ -299,13 +304,13 @@ impl BlockBuilder {
 
     /// Bytes of the texts copied together.
     pub(crate) fn text_bytes(&self) -> usize {
-        self.data.text.len()
+        self.text.len()
     }
 
     /// Makes room for about as much as the last block had.
     pub(crate) fn reserve(&mut self, messages: usize, bytes: usize) {
         self.data.entries.reserve(messages);
-        self.data.text.reserve(bytes);
+        self.text.reserve(bytes);
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -332,6 +337,7 @@ impl BlockBuilder {
         (self.data.entries, self.data.ids, self.data.home) = (entries, ids, home);
         let texts = self.data.entries.first().is_some_and(|entry| entry.kind == Kind::Text);
         let checked = if texts { self.adopt_texts(bytes) } else { self.adopt_binaries(bytes) };
+        self.complete();
         self.bytes = self.data.entries.iter().map(|entry| entry.len as usize).sum();
         checked
     }
@@ -346,9 +352,15 @@ impl BlockBuilder {
             payload.fill(BLANK);
             entry.start = narrow(start);
         }
-        match String::from_utf8(bytes) {
+        let bytes = Bytes::from(bytes);
+        if let Ok(valid) = FastStr::from_bytes(bytes.clone()) {
+            *text = valid;
+            return Ok(());
+        }
+        // A slower look finds out where it goes wrong.
+        match String::from_utf8(Vec::from(bytes)) {
             Ok(valid) => {
-                *text = valid;
+                *text = valid.into();
                 Ok(())
             }
             Err(error) => {
@@ -359,7 +371,7 @@ impl BlockBuilder {
                 let why = std::str::from_utf8(&bytes[entries[bad].range()]).map(drop);
                 entries.truncate(bad);
                 bytes.truncate(valid);
-                *text = String::from_utf8(bytes).unwrap_or_default();
+                *text = String::from_utf8(bytes).unwrap_or_default().into();
                 why
             }
         }
@@ -367,7 +379,8 @@ impl BlockBuilder {
 
     /// Takes over a buffer of binary messages. Texts among them are copied out.
     fn adopt_binaries(&mut self, bytes: Vec<u8>) -> Result<(), Utf8Error> {
-        let BlockData { entries, binary, text, .. } = &mut self.data;
+        let BlockData { entries, binary, .. } = &mut self.data;
+        let text = &mut self.text;
         *binary = bytes;
         for at in 0..entries.len() {
             let entry = &mut entries[at];
@@ -480,6 +493,7 @@ impl BlockBuilder {
 
     /// What is to be a block, and its payload bytes.
     pub(crate) fn build(mut self) -> (BlockData, usize) {
+        self.complete();
         if (self.thinned || self.data.home.is_some()) && self.bytes * SPARSE < self.held() {
             self.condense();
         }
@@ -487,6 +501,13 @@ impl BlockBuilder {
             self.data.ids.resize(self.data.entries.len(), None);
         }
         (self.data, self.bytes)
+    }
+
+    /// Lets the data have what was copied together.
+    fn complete(&mut self) {
+        if !self.text.is_empty() {
+            self.data.text = FastStr::from_string(std::mem::take(&mut self.text));
+        }
     }
 
     /// Payload bytes in its memory.
@@ -509,6 +530,7 @@ impl BlockBuilder {
             let id = data.ids.get(at).copied().flatten();
             own.push(payload, data.base + u64::from(entry.sequence), id);
         }
+        own.complete();
         *self = own;
     }
 
@@ -531,11 +553,12 @@ impl BlockBuilder {
     #[inline]
     fn copy_text(&mut self, text: &str) -> (Kind, usize, usize) {
         // What a session emits may be of any size; offsets have 32 bits.
-        if self.data.text.len() + text.len() > LARGE + ARENA {
+        if self.text.len() + text.len() > LARGE + ARENA {
             return self.keep(Large::Text(text.into()));
         }
-        let start = self.data.text.len();
-        self.data.text.push_str(text);
+        debug_assert!(self.data.text.is_empty(), "nothing is copied to a run");
+        let start = self.text.len();
+        self.text.push_str(text);
         (Kind::Text, start, text.len())
     }
 
@@ -703,7 +726,7 @@ mod tests {
             ids.iter().zip(fresh).for_each(|(id, fresh)| *fresh = *id == Some(MessageId::new(2)));
         });
         let (data, bytes) = block.build();
-        assert_eq!((bytes, data.text.capacity() < 100, data.binary.capacity()), (100_005, true, 0));
+        assert_eq!((bytes, data.text.len(), data.binary.capacity()), (100_005, 5, 0));
         assert_eq!((data.large.len(), data.ids.len()), (1, 2));
         assert!(data.entries.capacity() < 10);
         let told: Vec<_> = data.entries.iter().map(|e| data.base + u64::from(e.sequence)).collect();

@@ -124,7 +124,8 @@ impl<S: Read + Write> Websocket<S> {
         let found = feed.find_run(most);
         let (from, bytes, entries) = feed.run();
         // What lies between texts is text too: one look will do for all of them.
-        let all = entries.iter().all(|entry| entry.is_text()).then(|| std::str::from_utf8(bytes));
+        let all =
+            entries.iter().all(|entry| entry.is_text()).then(|| simdutf8::basic::from_utf8(bytes));
         for (shown, entry) in entries.iter().enumerate() {
             let range = entry.range().start - from..entry.range().end - from;
             let payload = match &all {
