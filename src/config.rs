@@ -30,6 +30,7 @@ use crate::threads::events::Observer;
 use crate::threads::inbox::OutboxLimits;
 use crate::threads::queue::QueuePolicy;
 use crate::threads::shared::{Endpoint, Resolver};
+use crate::threads::tell_backoff_panic;
 
 /// Settings of a [`Client`](crate::Client), each with a default that suits a
 /// market data feed or a gateway.
@@ -422,8 +423,9 @@ impl ClientBuilder {
             // A hook or a redirect may lead to wss:// later.
             self.check_tls()?;
         }
-        self.retry.backoff.check()?;
+        self.retry.backoff.check("backoff")?;
         self.heartbeat.check()?;
+        self.intensity.check()?;
         let endpoints = self.parse_endpoints()?;
         let (dedup, source) = match self.dedup {
             None => (None, IdSource::Off),
@@ -443,9 +445,7 @@ impl ClientBuilder {
             },
             limits: self.limits,
             retry: RetryPolicy {
-                backoff: self.retry.backoff.reporting(|panic| {
-                    log::error!(target: "broadsock", "the back-off function panicked: {panic}");
-                }),
+                backoff: self.retry.backoff.reporting(tell_backoff_panic),
                 ..self.retry
             },
             heartbeat: self.heartbeat,

@@ -25,7 +25,7 @@ use crate::threads::pipeline::supervisor::Supervisor;
 use crate::threads::pipeline::{
     Ending, Flow, FlowPolicy, Partition, Phase, Retries, SourceSlot, lock,
 };
-use crate::threads::{JoinHandle, Spawner, contained};
+use crate::threads::{JoinHandle, Spawner, contained, tell_backoff_panic};
 use crate::work::{Acknowledger, Failure, Handler, NoAcknowledger, Source};
 
 /// How long a pipeline that is dropped without `stop` may take to end.
@@ -507,7 +507,10 @@ impl<H: Handler> PipelineBuilder<H> {
             max_in_flight: self.max_in_flight,
             chunk: self.chunk,
             partition: self.partition,
-            retry: self.retries,
+            retry: Retries {
+                backoff: self.retries.backoff.reporting(tell_backoff_panic),
+                ..self.retries
+            },
             handler_timeout: self.handler_timeout,
         };
         let flow = Arc::new(Flow::new(
@@ -576,7 +579,7 @@ impl<H: Handler> PipelineBuilder<H> {
         if self.queue > MOST_QUEUED {
             return Err(Error::setting("queue", format!("must be at most {MOST_QUEUED}")));
         }
-        self.retries.backoff.check()?;
+        self.retries.backoff.check("retries")?;
         if self.retries.hold && self.partition.is_none() {
             return Err(Error::setting("hold_order", "needs `partition_by`"));
         }
@@ -590,8 +593,12 @@ impl<H: Handler> PipelineBuilder<H> {
             if self.batchers[..index].iter().any(|(other, _)| other == name) {
                 return Err(Error::setting("batcher", format!("there are two named {name:?}")));
             }
+            if name.is_empty() {
+                return Err(Error::setting("batcher", "its name is empty"));
+            }
             batching.check(name)?;
         }
+        self.intensity.check()?;
         Ok(())
     }
 }

@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use broadsock::crossbeam_channel::bounded;
 use broadsock::testing::{Script, Server, Upgrade};
 use broadsock::{
-    Backoff, BoxError, Client, ClientBuilder, Data, Dedup, ErrorKind, Event, Link, Request,
-    Session, State, Step,
+    Backoff, BoxError, Client, ClientBuilder, Data, Dedup, ErrorKind, Event, Intensity, Link,
+    Request, Session, State, Step,
 };
 use common::*;
 
@@ -742,6 +742,7 @@ mod settings {
             ("backoff", |b| b.backoff(Backoff::exponential(secs(2), secs(1)))),
             ("backoff", |b| b.backoff(Backoff::linear(ZERO, 1))),
             ("backoff", |b| b.backoff(Backoff::linear(secs(1), 0))),
+            ("restart_intensity", |b| b.restart_intensity(Intensity { restarts: 1, within: ZERO })),
             ("dedup", |b| b.dedup(Dedup::by_content().capacity(0))),
             ("dedup", |b| b.dedup(Dedup::by_content().expire_after(ZERO))),
             ("dedup", |b| b.dedup(Dedup::by_pointer("id"))),

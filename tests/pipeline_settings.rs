@@ -22,6 +22,7 @@ fn batch(batching: Batching<String>) -> PipelineBuilder<Hands> {
 #[test]
 fn bad_settings_fail_at_the_start_and_are_named() {
     let none = Duration::ZERO;
+    let never = Intensity { restarts: 1, within: none };
     let b = Batching::<String>::new;
     let table: Vec<(&str, &str, PipelineBuilder<Hands>)> = vec![
         ("source", "none", Pipeline::builder(Hands::new(to_batch))),
@@ -33,7 +34,9 @@ fn bad_settings_fail_at_the_start_and_are_named() {
         ("max_in_flight", "at least 1", builder().max_in_flight(0)),
         ("max_in_flight", "each source", builder().source(sources::iter(["a"])).max_in_flight(1)),
         ("retries", "at least 1", builder().retries(0, Backoff::default())),
-        ("backoff", "base", builder().retries(2, Backoff::exponential(none, none))),
+        ("batcher", "empty", builder().batcher("", b())),
+        ("restart_intensity", "within", builder().restart_intensity(never)),
+        ("retries", "base", builder().retries(2, Backoff::exponential(none, none))),
         ("hold_order", "partition_by", builder().hold_order()),
         ("rate_limit", "burst", builder().rate_limit(RateLimit::token_bucket(1.0, 0))),
         ("rate_limit", "interval", builder().rate_limit(RateLimit::fixed_window(1, none))),

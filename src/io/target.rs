@@ -32,11 +32,13 @@ impl Target {
         }
         let uri = match url.parse::<Uri>() {
             Ok(uri) => uri,
+            Err(_) if url.ends_with("://") => return refuse("it has no host"),
             Err(error) => return refuse(&error.to_string()),
         };
         let secure = match uri.scheme_str() {
-            Some("ws") => false,
-            Some("wss") => true,
+            // In any case (RFC 3986, section 3.1).
+            Some(scheme) if scheme.eq_ignore_ascii_case("ws") => false,
+            Some(scheme) if scheme.eq_ignore_ascii_case("wss") => true,
             Some(other) => return refuse(&format!("scheme `{other}` is not ws or wss")),
             None => return refuse("it has no scheme; ws:// or wss:// is needed"),
         };
@@ -179,6 +181,7 @@ mod tests {
             (secure, host.to_owned(), port, path.to_owned(), authority.to_owned())
         };
         assert_eq!(parts("ws://h"), t(false, "h", 80, "/", "h"));
+        assert_eq!(parts("WSS://h"), t(true, "h", 443, "/", "h"));
         assert_eq!(parts("wss://h/x?y=1"), t(true, "h", 443, "/x?y=1", "h"));
         assert_eq!(parts("ws://h:80/"), t(false, "h", 80, "/", "h"));
         assert_eq!(parts("ws://h:81?q"), t(false, "h", 81, "/?q", "h:81"));
@@ -209,6 +212,8 @@ mod tests {
             assert_eq!(error.kind(), &ErrorKind::Url, "{url}");
             assert!(!error.chain().contains("hush"), "{error}");
         }
+        let told = Target::parse("ws://").unwrap_err().to_string();
+        assert!(told.ends_with("it has no host"), "{told}");
     }
 
     #[test]

@@ -140,8 +140,9 @@ impl Backoff {
     }
 
     /// Refuses a strategy that would be a hot loop by mistake or contradicts itself.
-    pub(crate) fn check(&self) -> Result<(), Error> {
-        let refuse = |why: &str| Err(Error::setting("backoff", why));
+    /// `setting` is the one that it came with.
+    pub(crate) fn check(&self, setting: &'static str) -> Result<(), Error> {
+        let refuse = |why: &str| Err(Error::setting(setting, why));
         match self {
             Self::Exponential { base, .. } if base.is_zero() => {
                 refuse("base must be more than zero")
@@ -481,7 +482,7 @@ mod tests {
             (Backoff::linear(zero, 1), "step"),
             (Backoff::linear(secs(1), 0), "factor"),
         ] {
-            let error = backoff.check().unwrap_err();
+            let error = backoff.check("backoff").unwrap_err();
             assert_eq!(error.kind(), &ErrorKind::Setting("backoff"));
             assert!(error.to_string().contains(word), "{error}");
         }
@@ -496,7 +497,7 @@ mod tests {
             Backoff::constant(Duration::ZERO),
             Backoff::custom(|_| Duration::ZERO),
         ] {
-            assert!(backoff.check().is_ok(), "{backoff:?}");
+            assert!(backoff.check("backoff").is_ok(), "{backoff:?}");
         }
     }
 
@@ -519,7 +520,7 @@ mod tests {
         ) {
             let (base, max) = (ms(base), ms(base + more));
             let backoff = Backoff::exponential(base, max);
-            prop_assert!(backoff.check().is_ok());
+            prop_assert!(backoff.check("backoff").is_ok());
             let delay = plain(&backoff, attempt, random);
             prop_assert!(delay >= base / 2 && delay <= max, "{:?}", delay);
             let full = plain(&backoff.with_jitter(Jitter::Full), attempt, random);

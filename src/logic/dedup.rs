@@ -558,7 +558,7 @@ pub(crate) fn check(capacity: usize, ttl: Option<Duration>) -> Result<(), Error>
         return Err(Error::setting("dedup", format!("capacity must be at most {LARGEST}")));
     }
     if ttl.is_some_and(|ttl| ttl.is_zero()) {
-        return Err(Error::setting("dedup", "time to live must be more than zero"));
+        return Err(Error::setting("dedup", "expire_after must be more than zero"));
     }
     Ok(())
 }
@@ -725,7 +725,9 @@ mod tests {
     fn settings_that_remember_nothing_are_refused() {
         assert!(check(1, None).is_ok());
         assert!(check(100_000, Some(secs(60))).is_ok());
-        for (capacity, ttl, word) in [(0, None, "capacity"), (1, Some(Duration::ZERO), "time")] {
+        for (capacity, ttl, word) in
+            [(0, None, "capacity"), (1, Some(Duration::ZERO), "expire_after")]
+        {
             let error = check(capacity, ttl).unwrap_err();
             assert_eq!(error.kind(), &ErrorKind::Setting("dedup"));
             assert!(error.to_string().contains(word), "{error}");

@@ -3,6 +3,8 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use crate::error::Error;
+
 /// The first delay before a restart.
 const FIRST_DELAY: Duration = Duration::from_millis(250);
 /// The longest delay before a restart.
@@ -21,6 +23,16 @@ pub struct Intensity {
     pub restarts: u32,
     /// The time in which they are counted.
     pub within: Duration,
+}
+
+impl Intensity {
+    /// Refuses restarts that nothing would ever count.
+    pub(crate) fn check(self) -> Result<(), Error> {
+        if self.restarts > 0 && self.within.is_zero() {
+            return Err(Error::setting("restart_intensity", "`within` must be more than zero"));
+        }
+        Ok(())
+    }
 }
 
 impl Default for Intensity {

@@ -8,6 +8,11 @@ pub(crate) fn contained<T>(run: impl FnOnce() -> T) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(run)).map_err(panic_message)
 }
 
+/// The delay that a user's function should have given is the default one.
+pub(crate) fn tell_backoff_panic(panic: &str) {
+    log::error!(target: "broadsock", "the back-off function panicked: {panic}");
+}
+
 /// A panic that ends its thread instead of being contained: how tests kill a
 /// worker.
 #[derive(Debug)]

@@ -24,7 +24,9 @@ use crate::error::{Error, ErrorKind};
 use crate::metrics::Counter;
 #[cfg(feature = "testing")]
 pub(crate) use contain::Kill;
-pub(crate) use contain::{Killed, contained, contained_user, panic_message, panic_text};
+pub(crate) use contain::{
+    Killed, contained, contained_user, panic_message, panic_text, tell_backoff_panic,
+};
 use monitor::Notice;
 
 /// Room for user hooks in a debug build and for long certificate chains; it is

@@ -23,7 +23,9 @@ pub(crate) mod watched;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
-pub(crate) use contain::{Kill, Killed, contained, contained_user, panic_message, panic_text};
+pub(crate) use contain::{
+    Kill, Killed, contained, contained_user, panic_message, panic_text, tell_backoff_panic,
+};
 use crossbeam_channel::{Receiver, RecvError, Sender};
 
 use crate::error::{Error, ErrorKind};
