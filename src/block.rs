@@ -8,6 +8,7 @@
 use std::fmt;
 use std::ops::Range;
 use std::str::Utf8Error;
+use std::string::FromUtf8Error;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -45,7 +46,7 @@ pub(crate) struct BlockData {
     pub(crate) received_at: Instant,
     /// Sequence that the entries' are counted from.
     pub(crate) base: u64,
-    text: FastStr,
+    text: String,
     binary: Vec<u8>,
     large: Vec<Large>,
     pub(crate) entries: Vec<Entry>,
@@ -172,6 +173,13 @@ impl Entry {
         Self { kind, start: narrow(start), len: narrow(len), sequence: narrow(number) }
     }
 
+    /// The same, of a short one: buffers and their counts fit into 32 bits.
+    #[inline]
+    pub(crate) fn short(text: bool, start: usize, len: u8, number: usize) -> Self {
+        let kind = if text { Kind::Text } else { Kind::Binary };
+        Self { kind, start: start as u32, len: u32::from(len), sequence: number as u32 }
+    }
+
     /// The same in a buffer that begins `cut` bytes later.
     pub(crate) fn moved(self, cut: usize) -> Self {
         Self { start: self.start - narrow(cut), ..self }
@@ -191,7 +199,7 @@ impl BlockData {
     #[inline]
     pub(crate) fn text_of(&self, entry: &Entry) -> Option<&str> {
         match entry.kind {
-            Kind::Text => Some(&self.text.as_str()[entry.range()]),
+            Kind::Text => Some(&self.text[entry.range()]),
             Kind::Binary => None,
             Kind::Large => match &self.large[entry.start as usize] {
                 Large::Text(text) => Some(text.as_str()),
@@ -203,7 +211,7 @@ impl BlockData {
     #[inline]
     pub(crate) fn bytes_of(&self, entry: &Entry) -> &[u8] {
         match entry.kind {
-            Kind::Text => &self.text.as_str().as_bytes()[entry.range()],
+            Kind::Text => &self.text.as_bytes()[entry.range()],
             Kind::Binary => &self.binary[entry.range()],
             Kind::Large => self.large[entry.start as usize].bytes(),
         }
@@ -228,7 +236,7 @@ impl BlockData {
     /// As it would be put into another block: what is large is shared.
     fn payload_of(&self, entry: &Entry) -> Payload<'_> {
         match entry.kind {
-            Kind::Text => Payload::Text(&self.text.as_str()[entry.range()]),
+            Kind::Text => Payload::Text(&self.text[entry.range()]),
             Kind::Binary => Payload::Binary(&self.binary[entry.range()]),
             Kind::Large => match &self.large[entry.start as usize] {
                 Large::Text(text) => Payload::OwnedText(text.clone()),
@@ -242,8 +250,7 @@ impl Drop for BlockData {
     /// Returns the memory of a run.
     fn drop(&mut self) {
         let Some(home) = self.home.take() else { return };
-        // Nobody else has it: nothing is copied.
-        let text = Vec::from(std::mem::take(&mut self.text).into_bytes());
+        let text = std::mem::take(&mut self.text).into_bytes();
         let binary = std::mem::take(&mut self.binary);
         let bytes = if text.capacity() >= binary.capacity() { text } else { binary };
         let (mut entries, mut ids) =
@@ -273,8 +280,6 @@ impl Large {
 /// Gathers the messages of one turn of the reader into a block.
 pub(crate) struct BlockBuilder {
     data: BlockData,
-    /// Texts that were copied together; the data has them when it is complete.
-    text: String,
     /// Payload bytes of its messages.
     bytes: usize,
     /// Some of the messages that it holds the bytes of are no longer in it.
@@ -289,14 +294,13 @@ impl BlockBuilder {
                 epoch,
                 received_at,
                 base: 0,
-                text: FastStr::empty(),
+                text: String::new(),
                 binary: Vec::new(),
                 large: Vec::new(),
                 entries: Vec::new(),
                 ids: Vec::new(),
                 home: None,
             },
-            text: String::new(),
             bytes: 0,
             thinned: false,
         }
@@ -304,13 +308,13 @@ impl BlockBuilder {
 
     /// Bytes of the texts copied together.
     pub(crate) fn text_bytes(&self) -> usize {
-        self.text.len()
+        self.data.text.len()
     }
 
     /// Makes room for about as much as the last block had.
     pub(crate) fn reserve(&mut self, messages: usize, bytes: usize) {
         self.data.entries.reserve(messages);
-        self.text.reserve(bytes);
+        self.data.text.reserve(bytes);
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -337,7 +341,6 @@ impl BlockBuilder {
         (self.data.entries, self.data.ids, self.data.home) = (entries, ids, home);
         let texts = self.data.entries.first().is_some_and(|entry| entry.kind == Kind::Text);
         let checked = if texts { self.adopt_texts(bytes) } else { self.adopt_binaries(bytes) };
-        self.complete();
         self.bytes = self.data.entries.iter().map(|entry| entry.len as usize).sum();
         checked
     }
@@ -352,15 +355,9 @@ impl BlockBuilder {
             payload.fill(BLANK);
             entry.start = narrow(start);
         }
-        let bytes = Bytes::from(bytes);
-        if let Ok(valid) = FastStr::from_bytes(bytes.clone()) {
-            *text = valid;
-            return Ok(());
-        }
-        // A slower look finds out where it goes wrong.
-        match String::from_utf8(Vec::from(bytes)) {
+        match checked(bytes) {
             Ok(valid) => {
-                *text = valid.into();
+                *text = valid;
                 Ok(())
             }
             Err(error) => {
@@ -371,7 +368,7 @@ impl BlockBuilder {
                 let why = std::str::from_utf8(&bytes[entries[bad].range()]).map(drop);
                 entries.truncate(bad);
                 bytes.truncate(valid);
-                *text = String::from_utf8(bytes).unwrap_or_default().into();
+                *text = String::from_utf8(bytes).unwrap_or_default();
                 why
             }
         }
@@ -379,8 +376,7 @@ impl BlockBuilder {
 
     /// Takes over a buffer of binary messages. Texts among them are copied out.
     fn adopt_binaries(&mut self, bytes: Vec<u8>) -> Result<(), Utf8Error> {
-        let BlockData { entries, binary, .. } = &mut self.data;
-        let text = &mut self.text;
+        let BlockData { entries, binary, text, .. } = &mut self.data;
         *binary = bytes;
         for at in 0..entries.len() {
             let entry = &mut entries[at];
@@ -493,7 +489,6 @@ impl BlockBuilder {
 
     /// What is to be a block, and its payload bytes.
     pub(crate) fn build(mut self) -> (BlockData, usize) {
-        self.complete();
         if (self.thinned || self.data.home.is_some()) && self.bytes * SPARSE < self.held() {
             self.condense();
         }
@@ -501,13 +496,6 @@ impl BlockBuilder {
             self.data.ids.resize(self.data.entries.len(), None);
         }
         (self.data, self.bytes)
-    }
-
-    /// Lets the data have what was copied together.
-    fn complete(&mut self) {
-        if !self.text.is_empty() {
-            self.data.text = FastStr::from_string(std::mem::take(&mut self.text));
-        }
     }
 
     /// Payload bytes in its memory.
@@ -530,7 +518,6 @@ impl BlockBuilder {
             let id = data.ids.get(at).copied().flatten();
             own.push(payload, data.base + u64::from(entry.sequence), id);
         }
-        own.complete();
         *self = own;
     }
 
@@ -553,12 +540,11 @@ impl BlockBuilder {
     #[inline]
     fn copy_text(&mut self, text: &str) -> (Kind, usize, usize) {
         // What a session emits may be of any size; offsets have 32 bits.
-        if self.text.len() + text.len() > LARGE + ARENA {
+        if self.data.text.len() + text.len() > LARGE + ARENA {
             return self.keep(Large::Text(text.into()));
         }
-        debug_assert!(self.data.text.is_empty(), "nothing is copied to a run");
-        let start = self.text.len();
-        self.text.push_str(text);
+        let start = self.data.text.len();
+        self.data.text.push_str(text);
         (Kind::Text, start, text.len())
     }
 
@@ -569,6 +555,20 @@ impl BlockBuilder {
         let start = self.data.binary.len();
         self.data.binary.extend_from_slice(bytes);
         (Kind::Binary, start, bytes.len())
+    }
+}
+
+/// The same text in the same memory, checked a register at a time. Only what is wrong
+/// is looked at once more, to tell where.
+fn checked(bytes: Vec<u8>) -> Result<String, FromUtf8Error> {
+    let bytes = Bytes::from(bytes);
+    match FastStr::from_bytes(bytes.clone()) {
+        Ok(text) => {
+            // Nobody else has it any more, so it is not copied.
+            drop(bytes);
+            Ok(text.into())
+        }
+        Err(_) => String::from_utf8(Vec::from(bytes)),
     }
 }
 
@@ -726,7 +726,7 @@ mod tests {
             ids.iter().zip(fresh).for_each(|(id, fresh)| *fresh = *id == Some(MessageId::new(2)));
         });
         let (data, bytes) = block.build();
-        assert_eq!((bytes, data.text.len(), data.binary.capacity()), (100_005, 5, 0));
+        assert_eq!((bytes, data.text.capacity() < 100, data.binary.capacity()), (100_005, true, 0));
         assert_eq!((data.large.len(), data.ids.len()), (1, 2));
         assert!(data.entries.capacity() < 10);
         let told: Vec<_> = data.entries.iter().map(|e| data.base + u64::from(e.sequence)).collect();

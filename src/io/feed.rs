@@ -161,22 +161,22 @@ impl<S: Read> Feed<S> {
         let mut at = self.start;
         let enough = self.run + RUN_BYTES;
         // The common head of all by itself: two bytes.
-        let short = self.limit.min(125);
+        let short = self.limit.min(125) as u8;
         let may_go_on = loop {
             if self.entries.len() >= most || at >= enough {
                 break false;
             }
             if let Some(frame) = buffer.get_mut(at..)
                 && let [first @ (WHOLE_TEXT | WHOLE_BINARY), len, payload @ ..] = frame
-                && usize::from(*len) <= short
+                && *len <= short
             {
-                let (text, len) = (*first == WHOLE_TEXT, usize::from(*len));
-                if len > payload.len() {
+                let (text, len) = (*first == WHOLE_TEXT, *len);
+                if usize::from(len) > payload.len() {
                     break true;
                 }
                 (frame[0], frame[1]) = (BLANK, BLANK);
-                self.entries.push(Entry::in_run(text, at + 2, len, self.entries.len()));
-                at += 2 + len;
+                self.entries.push(Entry::short(text, at + 2, len, self.entries.len()));
+                at += 2 + usize::from(len);
                 continue;
             }
             match head(&buffer[at..]) {
