@@ -1,5 +1,4 @@
 //! The ledger at every instant, the counters, the events, the topology.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bench;
