@@ -42,7 +42,12 @@ fn main() -> ExitCode {
 /// The main job: every message of an unruly feed, once, from the socket through
 /// dedup and a pipeline to the last line of the accounts.
 fn unruly_feed() -> Result<ExitCode, Box<dyn Error>> {
-    let server = start_server()?;
+    let (server, feed) = start_server()?;
+    show(format_args!(
+        "A server sends {TOTAL} messages over connections that it cuts, refuses, closes or lets\n\
+         fall silent, and begins each new one with repeats. The client reconnects and drops\n\
+         the repeats, so that each message is delivered once. That takes about 10 seconds.\n\n"
+    ));
     let screen = Arc::new(Screen::new());
 
     let narrator = Arc::clone(&screen);
@@ -91,9 +96,17 @@ fn unruly_feed() -> Result<ExitCode, Box<dyn Error>> {
         client.metrics.connects(),
         client.metrics.ledger.duplicates,
     ));
-    screen.line(format_args!("lost={} repeated={}", tally.lost(), tally.repeated()));
     let balanced = client.metrics.ledger.balanced() && report.ledger.balanced();
     let perfect = tally.lost() == 0 && tally.repeated() == 0 && balanced;
+    let opinion = if perfect { "all is well" } else { "something went wrong" };
+    screen.line(format_args!(
+        "verdict: {opinion}. The server sent {} of {TOTAL} messages; {} were delivered, {} lost \
+         and {} repeated",
+        feed.handed_out(),
+        TOTAL - tally.lost(),
+        tally.lost(),
+        tally.repeated(),
+    ));
     Ok(if perfect { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -150,7 +163,7 @@ fn close_on_ctrl_c(_: &Arc<Client>) -> io::Result<()> {
 const TOTAL: usize = 48;
 
 /// A server that does to each connection in turn what networks do.
-fn start_server() -> io::Result<Server> {
+fn start_server() -> io::Result<(Server, Feed)> {
     // Each new connection first gets the last 12 messages again, as services
     // do that would rather say something twice than lose it.
     let feed =
@@ -160,7 +173,7 @@ fn start_server() -> io::Result<Server> {
             script.feed(&feed, 1).pause(Duration::from_millis(60))
         })
     };
-    Server::script([
+    let server = Server::script([
         twelve().cut_mid_frame("the line goes dead in the middle of a message"),
         Script::new().status(503, [("Retry-After", "1")]),
         twelve().close(1001, "going away"),
@@ -173,7 +186,8 @@ fn start_server() -> io::Result<Server> {
         twelve().pause(Duration::from_secs(2)).close(1000, "that was all"),
         Script::new().status(410, []),
     ])
-    .start()
+    .start()?;
+    Ok((server, feed))
 }
 
 /// What of an event is worth a line here.

@@ -15,7 +15,19 @@
 //! then. After that time a server without faults lets the rest arrive. Ends
 //! with status 1 if a message is missing or was processed twice, if a ledger
 //! does not balance, if a server saw two connections at once or a breach of the
-//! protocol, or if threads, descriptors or memory are left behind.
+//! protocol, or if threads, descriptors or memory are left behind. Ctrl-C ends
+//! that time early, with the same accounts; a second one ends the program.
+//!
+//! A ledger says where each message is: of those a client has `received`, it
+//! dropped `duplicates`, it `accepted` the others, and the program has those
+//! `delivered`; a pipeline's end as `succeeded`, `failed`, or `returned` at the stop.
+//! Further down,
+//! - `sent` are the messages with an id that the feed has handed out, each once;
+//! - `others` are messages without an id that were processed: some faults need them,
+//!   and as nobody sends one again, a loss of them is no fault;
+//! - `lost` are ids that were not processed, `repeated` the times too many;
+//! - `acknowledged` are acknowledgements handed to the socket that brought their
+//!   message, `late` those left out because that socket was gone.
 
 #![allow(clippy::disallowed_methods, reason = "it runs in real time")]
 
@@ -71,6 +83,7 @@ fn main() -> ExitCode {
 
 /// Runs everything for `length`, and says what is wrong in the end.
 fn soak(length: Duration) -> Result<Vec<String>, Anything> {
+    let asked = until_ctrl_c()?;
     let before = System::now();
     let mut screen = Screen::new(length);
     let world = World::start(length)?;
@@ -88,13 +101,16 @@ fn soak(length: Duration) -> Result<Vec<String>, Anything> {
         .start()?;
 
     let mut warm = None;
-    while screen.elapsed() < length && !pipeline.has_ended() {
+    while screen.elapsed() < length && !asked.load(Relaxed) && !pipeline.has_ended() {
         world.disturb(screen.elapsed())?;
         thread::sleep(Duration::from_millis(100));
         if screen.elapsed() > length / 3 {
             warm.get_or_insert_with(System::now);
         }
         screen.status(&world, &pipeline, &accounts);
+    }
+    if asked.load(Relaxed) {
+        screen.line(format_args!("asked to end: no more faults, the rest arrives"));
     }
     world.heal();
     // A connection may still have to wait for what a server asked of it.
@@ -109,8 +125,30 @@ fn soak(length: Duration) -> Result<Vec<String>, Anything> {
     screen.line(format_args!("stopped"));
     let mut verdict = tell(&world, &report, &accounts, &acknowledger);
     drop((world, report, acknowledger));
-    verdict.extend(left_behind(&before, warm.as_ref().unwrap_or(&before), &at_end));
+    verdict.extend(left_behind(&before, warm.as_ref(), &at_end));
     Ok(verdict)
+}
+
+/// Becomes true when SIGINT (Ctrl-C) or SIGTERM comes. The second one is for those
+/// who do not want to wait for the end: it is immediate. It takes no thread, which
+/// would be in the accounts.
+#[cfg(unix)]
+fn until_ctrl_c() -> io::Result<Arc<AtomicBool>> {
+    use signal_hook::consts::{SIGINT, SIGTERM};
+    use signal_hook::flag;
+
+    let asked = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        // They are called in this order: the first signal finds it false.
+        flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&asked))?;
+        flag::register(signal, Arc::clone(&asked))?;
+    }
+    Ok(asked)
+}
+
+#[cfg(not(unix))]
+fn until_ctrl_c() -> io::Result<Arc<AtomicBool>> {
+    Ok(Arc::default())
 }
 
 /// Prints the accounts; says what is wrong with them.
@@ -463,13 +501,13 @@ impl System {
 impl fmt::Display for System {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-        write!(f, "{} threads, {} descriptors, ", self.threads, self.descriptors)?;
+        write!(f, "threads: {}, descriptors: {}, ", self.threads, self.descriptors)?;
         write!(f, "{:.1} MiB (peak {:.1})", mib(self.resident), mib(self.peak))
     }
 }
 
 /// Prints what is there after everything was dropped, and says what is too much.
-fn left_behind(before: &System, warm: &System, at_end: &System) -> Vec<String> {
+fn left_behind(before: &System, warm: Option<&System>, at_end: &System) -> Vec<String> {
     // A thread that was joined may be in the system's books a little longer.
     let mut after = System::now();
     for _ in 0..100 {
@@ -480,7 +518,10 @@ fn left_behind(before: &System, warm: &System, at_end: &System) -> Vec<String> {
         after = System::now();
     }
     show(format_args!("before: {before}\n"));
-    show(format_args!("after a third: {warm}\n"));
+    // A run that ended before has nothing to measure growth by.
+    if let Some(warm) = warm {
+        show(format_args!("after a third: {warm}\n"));
+    }
     show(format_args!("at the end: {at_end}\n"));
     show(format_args!("after all was dropped: {after}\n"));
     let mut wrong = Vec::new();
@@ -490,7 +531,7 @@ fn left_behind(before: &System, warm: &System, at_end: &System) -> Vec<String> {
     if after.descriptors > before.descriptors {
         wrong.push("descriptors are left behind".to_owned());
     }
-    if at_end.resident > warm.resident + GROWTH {
+    if warm.is_some_and(|warm| at_end.resident > warm.resident + GROWTH) {
         wrong.push("memory grows".to_owned());
     }
     wrong
@@ -533,7 +574,7 @@ impl Screen {
         let accepted: u64 = world.servers.iter().map(|server| server.stats().accepted).sum();
         let metrics = pipeline.metrics();
         let text = format!(
-            "{accepted} sockets, {} sent, {} processed, {} in flight, {} retries, {} panics; {}",
+            "{accepted} sockets, {} sent, {} processed, {} in flight, retries: {}, panics: {}; {}",
             world.feed.handed_out(),
             accounts.different.load(Relaxed),
             metrics.ledger.in_flight,

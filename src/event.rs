@@ -161,6 +161,10 @@ impl fmt::Display for Event {
 impl fmt::Display for EventKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            // One that says what the state says is none.
+            EventKind::State { from, to, reason } if *reason == to.to_string() => {
+                write!(f, "{from} -> {to}")
+            }
             EventKind::State { from, to, reason } => write!(f, "{from} -> {to}: {reason}"),
             EventKind::AttemptFailed { attempt, retry_in, error } => {
                 write!(f, "attempt {attempt} failed: {}", error.chain())?;
@@ -170,8 +174,12 @@ impl fmt::Display for EventKind {
                 write!(f, "lost after {uptime:.1?}: {}", error.chain())?;
                 next_try(f, *retry_in)
             }
-            EventKind::Dropped { count, reason } => write!(f, "{count} messages shed: {reason}"),
-            EventKind::Unsent { count } => write!(f, "{count} outgoing messages discarded"),
+            EventKind::Dropped { count, reason } => {
+                write!(f, "{} shed: {reason}", counted(*count, "message"))
+            }
+            EventKind::Unsent { count } => {
+                write!(f, "{} discarded", counted(*count, "outgoing message"))
+            }
             EventKind::Blocked(true) => f.write_str("queue full, reading stopped"),
             EventKind::Blocked(false) => f.write_str("queue has room, reading goes on"),
             EventKind::Restarting { thread, delay, error } => {
@@ -186,9 +194,33 @@ impl fmt::Display for EventKind {
     }
 }
 
+/// So many of what has this name: `1 message`, `2 messages`.
+pub(crate) fn counted<N: fmt::Display + PartialEq + From<u8>>(number: N, name: &str) -> String {
+    let ending = if number == N::from(1) { "" } else { "s" };
+    format!("{number} {name}{ending}")
+}
+
 fn next_try(f: &mut fmt::Formatter<'_>, retry_in: Option<Duration>) -> fmt::Result {
     match retry_in {
         Some(delay) => write!(f, " (next try in {delay:.1?})"),
         None => f.write_str(" (no further try)"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_read_as_sentences() {
+        let state = |to, reason: &str| {
+            let kind = EventKind::State { from: State::Closing, to, reason: reason.to_owned() };
+            kind.to_string()
+        };
+        assert_eq!(state(State::Closed, "closed"), "closing -> closed");
+        assert_eq!(state(State::Closed, "in time"), "closing -> closed: in time");
+        assert_eq!(EventKind::Unsent { count: 1 }.to_string(), "1 outgoing message discarded");
+        let shed = |count| EventKind::Dropped { count, reason: "full" }.to_string();
+        assert_eq!([shed(1), shed(2)], ["1 message shed: full", "2 messages shed: full"]);
     }
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError, bounded};
 
 use crate::error::Error;
+use crate::event::counted;
 use crate::io::clock::Clock;
 use crate::logic::backoff::Backoff;
 use crate::logic::batch::BatchPolicy;
@@ -894,20 +895,22 @@ impl<H: Handler> Control for Flow<H> {
 
     fn topology(&self) -> String {
         let sources = self.sources.len();
-        let mut lines = vec![format!("sources: {sources} threads broadsock-source-N")];
-        let queues = self.lanes.len();
+        let sources = counted(sources, "thread");
+        let mut lines = vec![format!("sources: {sources} broadsock-source-N")];
         let capacity = self.lanes.first().and_then(|l| l.receiver.capacity()).unwrap_or_default();
         lines.push(format!(
-            "processors: {} threads broadsock-proc-N, {queues} queues of {capacity} chunks of up \
-             to {} messages",
-            self.processors.len(),
-            self.policy.chunk
+            "processors: {} broadsock-proc-N, {} of {} of up to {}",
+            counted(self.processors.len(), "thread"),
+            counted(self.lanes.len(), "queue"),
+            counted(capacity, "chunk"),
+            counted(self.policy.chunk, "message"),
         ));
         for batcher in self.batchers.values() {
-            let (name, workers) = (&batcher.name, batcher.workers.len());
+            let (name, workers) = (&batcher.name, counted(batcher.workers.len(), "thread"));
+            let items = counted(capacity, "item");
             lines.push(format!(
-                "batcher {name}: thread broadsock-batcher-{name}, queue of {capacity} items, \
-                 {workers} threads broadsock-batch-{name}-N"
+                "batcher {name}: thread broadsock-batcher-{name}, queue of {items}, {workers} \
+                 broadsock-batch-{name}-N"
             ));
         }
         lines.push("supervision: threads broadsock-monitor, broadsock-timer".to_owned());

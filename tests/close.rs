@@ -1,6 +1,5 @@
 //! A close returns by its deadline from every state, ends what waits, accounts
 //! for every message and names what hangs.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod scenes;

@@ -1,5 +1,4 @@
 //! From a URL to a connection, and every way that can fail.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;

@@ -1,5 +1,4 @@
 //! What arrives: every message once, in order, accounted for.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod support;

@@ -1,6 +1,6 @@
 //! No thread, descriptor, TCP connection or memory is left behind: counted for
 //! the whole process, so this file has one test, which takes one thing at a time.
-#![cfg(all(feature = "testing", target_os = "linux"))]
+#![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod scenes;

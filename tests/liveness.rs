@@ -1,5 +1,4 @@
 //! A peer that is gone is found out, and one that is there is left alone.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod support;

@@ -1,5 +1,4 @@
 //! Who is told what became of the messages: everyone, once, in order.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bench;

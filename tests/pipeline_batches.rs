@@ -1,5 +1,4 @@
 //! What leaves together, when, and who works on it.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bench;

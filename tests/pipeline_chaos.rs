@@ -2,7 +2,6 @@
 //! to it, each message has one outcome, told once, and the books say the same.
 //!
 //! `SEED=1000 SEEDS=500 cargo test --features testing --test pipeline_chaos`
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bench;

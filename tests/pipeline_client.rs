@@ -1,5 +1,4 @@
 //! From the socket to the acknowledgement: a client as a pipeline's source.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bench;

@@ -1,5 +1,4 @@
 //! What fails, and what user code that breaks can harm.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bench;

@@ -1,5 +1,4 @@
 //! How much is under way, how fast, by how many, and who holds up whom.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bench;

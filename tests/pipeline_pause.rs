@@ -1,5 +1,4 @@
 //! Pausing, draining, and sources that end late or not at all.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bench;

@@ -1,5 +1,4 @@
 //! How fast messages pass.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bench;

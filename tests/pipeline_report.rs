@@ -1,5 +1,4 @@
 //! The ledger at every instant, the counters, the events, the topology.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bench;
@@ -227,11 +226,11 @@ fn the_topology_names_every_stage_its_threads_queues_and_limits() {
         .unwrap();
     let topology = pipeline.topology();
     let lines = [
-        "sources: 1 threads broadsock-source-N",
-        "processors: 3 threads broadsock-proc-N, 1 queues of 77 chunks of up to 5 messages",
+        "sources: 1 thread broadsock-source-N",
+        "processors: 3 threads broadsock-proc-N, 1 queue of 77 chunks of up to 5 messages",
         "batcher batch: thread broadsock-batcher-batch, queue of 77 items, 4 threads \
          broadsock-batch-batch-N",
-        "batcher other: thread broadsock-batcher-other, queue of 77 items, 1 threads \
+        "batcher other: thread broadsock-batcher-other, queue of 77 items, 1 thread \
          broadsock-batch-other-N",
         "supervision: threads broadsock-monitor, broadsock-timer",
         "in flight: at most 99",

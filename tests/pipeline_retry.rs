@@ -1,5 +1,4 @@
 //! What failed is tried again, in order or not.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bench;

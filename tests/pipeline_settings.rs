@@ -1,5 +1,4 @@
 //! Settings that cannot be used are refused at the start, by name.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bench;

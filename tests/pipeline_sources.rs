@@ -1,5 +1,4 @@
 //! Where messages come from: iterators, channels, several, a user's own.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bench;

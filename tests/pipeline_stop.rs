@@ -1,5 +1,4 @@
 //! The end: in order, by its deadline, from anywhere, with everything returned.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bench;

@@ -1,5 +1,4 @@
 //! Workers that die: what is lost with them, and what is not.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bench;

@@ -1,5 +1,4 @@
 //! What follows when a connection is lost.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;

@@ -1,5 +1,4 @@
 //! What is sent: each message once, in order, or handed back.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod support;

@@ -1,5 +1,4 @@
 //! `tail`, as a program: its lines, its exit status, its events and its report.
-#![cfg(all(feature = "testing", feature = "tls"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 #![allow(clippy::disallowed_methods, reason = "a program runs in real time")]
 

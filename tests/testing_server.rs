@@ -1,6 +1,5 @@
 //! The scripted server of `broadsock::testing`, step by step, seen by a client
 //! that shares no code with it beyond frame headers.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
 
 use std::io::{ErrorKind, Read, Write};

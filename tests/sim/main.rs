@@ -24,7 +24,8 @@
 //! `SIM_SEED=n` replays one seed with its events, `SIM_SEEDS=n` runs that many,
 //! `SIM_MINUTES=n` sets their length, `SIM_PLANTED=name` plants one bug,
 //! `SIM_SEED=n SIM_AGAIN=name` replays a world tuned for what once went wrong, and
-//! `SIM_FAULT=name` replays a run with a failing call.
+//! `SIM_FAULT=name` replays a run with a failing call. `settings` has them all, and
+//! refuses what it cannot read with exit code 2.
 
 #![allow(dead_code, unused, unreachable_pub, missing_docs, missing_debug_implementations)]
 #![allow(clippy::all, clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
@@ -65,6 +66,7 @@ mod kernel;
 mod planted;
 mod scene;
 mod server;
+mod settings;
 mod simnet;
 mod torture;
 mod user;

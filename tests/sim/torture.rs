@@ -60,7 +60,7 @@ pub(crate) fn run() -> bool {
         started.elapsed().as_secs_f64(),
     );
     if let Some((run, (check, how))) = broken {
-        println!("{} breaks {check}: {how}", name(&run));
+        println!("{} breaks {check}: {how}", command(&run));
         let found = FOUND.iter().filter(|(call, _)| *call == run.strike.call);
         found.for_each(|(_, name)| println!("perhaps again: {name}"));
         once(&run, None, true).ok();
@@ -76,7 +76,8 @@ pub(crate) fn finds(bug: Bug) -> bool {
     let runs = all_runs(&clean);
     match first_broken(&runs, &clean, Some(bug)) {
         Some((run, (check, how))) => {
-            println!("planted {bug:?}: found by {check}, {}: {how}", name(&run));
+            println!("planted {bug:?}: found by {check}, {}: {how}", command(&run));
+            println!("    replay: SIM_PLANTED={bug:?} {}", command(&run));
             true
         }
         None => {
@@ -90,14 +91,23 @@ pub(crate) fn finds(bug: Bug) -> bool {
 pub(crate) fn replay(which: &str, bug: Option<Bug>) -> i32 {
     let Ok(clean) = clean_runs() else { return 1 };
     let runs = all_runs(&clean);
-    let Some(run) = runs.iter().find(|run| name(run) == format!("SIM_FAULT={which}")) else {
-        println!("there is no {which}");
-        return 1;
+    let Some(run) = runs.iter().find(|run| name(run) == which) else {
+        let last = runs.last().map(name).unwrap_or_default();
+        eprintln!("SIM_FAULT={which}: expected scene:call:fault[:lasts], as in {last}");
+        return 2;
     };
     let result = judged(run, &clean, bug, true);
     print_log(usize::MAX);
-    println!("{}: {result:?}", name(run));
-    i32::from(result.is_err())
+    match result {
+        Ok(()) => {
+            println!("{} keeps every promise", command(run));
+            0
+        }
+        Err((check, how)) => {
+            println!("{} breaks {check}: {how}", command(run));
+            1
+        }
+    }
 }
 
 fn print_log(last: usize) {
@@ -109,7 +119,12 @@ fn print_log(last: usize) {
 fn name(run: &Run) -> String {
     let Strike { at, fault, lasts, .. } = run.strike;
     let lasts = if lasts { ":lasts" } else { "" };
-    format!("SIM_FAULT={}:{at}:{fault:?}{lasts}", run.scene)
+    format!("{}:{at}:{fault:?}{lasts}", run.scene)
+}
+
+/// What replays it, in the words of a shell: names of faults have brackets.
+fn command(run: &Run) -> String {
+    format!("SIM_FAULT='{}'", name(run))
 }
 
 /// The calls that each scene makes when none fails, and what it tells.

@@ -1,6 +1,7 @@
 //! The world: what happens in it, and the run over seeds.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -20,6 +21,7 @@ use crate::message::Message;
 use crate::planted::{self, Bug};
 use crate::scene::{self, Scene};
 use crate::server::{self, Feed, Rates, Servers};
+use crate::settings::{self, Settings};
 use crate::simnet::{self, Life};
 use crate::threads::Spawner;
 use crate::threads::held::MAX_HELD;
@@ -31,7 +33,7 @@ use crate::works;
 
 /// What was found in the crate, by what went wrong, and the worlds that find it
 /// again: a seed alone would mean another world as soon as one more thing is drawn.
-const REGRESSIONS: &[(&str, fn(&mut Scene))] = &[
+pub(crate) const REGRESSIONS: &[(&str, Tune)] = &[
     ("a_ping_that_the_socket_did_not_take_started_no_write_deadline", scene::stalls),
     ("a_look_up_of_an_earlier_thread_was_taken_for_its_successors", scene::slow_look_ups),
     ("the_close_frame_that_tells_of_a_breach_was_not_counted", scene::breaches),
@@ -40,6 +42,9 @@ const REGRESSIONS: &[(&str, fn(&mut Scene))] = &[
     ("a_thread_that_read_no_more_was_replaced_by_one_that_did", scene::drains),
     ("a_second_restart_found_no_slot_for_what_was_held_and_shed_it", scene::restarts),
 ];
+
+/// Tunes a world for what once went wrong.
+pub(crate) type Tune = fn(&mut Scene);
 
 /// Seeds of each such world.
 const SEEDS_AGAIN: u64 = 40;
@@ -90,24 +95,29 @@ pub(crate) fn main() -> i32 {
             eprintln!("{text}");
         }
     }));
-    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
-    let minutes = number("SIM_MINUTES").unwrap_or(30);
-    let bug = std::env::var("SIM_PLANTED").ok().map(|name| {
-        *planted::ALL.iter().find(|bug| format!("{bug:?}") == name).expect("a planted bug's name")
-    });
-    if let Ok(which) = std::env::var("SIM_FAULT") {
-        return torture::replay(&which, bug);
+    let settings = match Settings::read() {
+        Ok(settings) => settings,
+        Err(wrong) => {
+            eprintln!("{wrong}");
+            return 2;
+        }
+    };
+    let Settings { minutes, planted: bug, .. } = settings;
+    if let Some(which) = &settings.fault {
+        return torture::replay(which, bug);
     }
-    if let Some(seed) = number("SIM_SEED") {
-        let again = std::env::var("SIM_AGAIN").ok();
-        return replay(seed, minutes, bug, again.as_deref(), usize::MAX);
+    if let Some(seed) = settings.seed {
+        return replay(seed, minutes, bug, settings.again, usize::MAX);
     }
-    let debug = cfg!(debug_assertions);
-    let seeds = number("SIM_SEEDS").unwrap_or(if debug { 12 } else { 5000 });
-    let first = number("SIM_FIRST").unwrap_or(1);
     if let Some(bug) = bug {
         return i32::from(!is_found(bug, minutes));
     }
+    whole(&settings)
+}
+
+/// Everything there is to run; returns the exit code.
+fn whole(settings: &Settings) -> i32 {
+    let minutes = settings.minutes;
     for (name, tune) in REGRESSIONS {
         for seed in 1..=SEEDS_AGAIN {
             kernel::begin(seed, false);
@@ -124,12 +134,12 @@ pub(crate) fn main() -> i32 {
         println!("test result: FAILED. 0 passed; 1 failed");
         return 1;
     }
-    let failed = run(first, seeds, minutes);
+    let failed = run(settings.first, settings.seeds, minutes);
     if failed > 0 {
         println!("test result: FAILED. 0 passed; {failed} failed");
         return 1;
     }
-    if debug && std::env::var("SIM_BUGS").is_err() || number("SIM_BUGS") == Some(0) {
+    if !settings.bugs {
         println!("test result: ok. 1 passed; 0 failed");
         return 0;
     }
@@ -181,21 +191,8 @@ fn run(first: u64, seeds: u64, minutes: u64) -> u64 {
         }
     });
     let sum = *sum.lock().unwrap();
-    println!(
-        "{seeds} seeds of {minutes} virtual minutes in {:.1} s: {:.0} virtual hours, {} turns of \
-         threads, {} faults injected, {} connections made, {} state changes, {} messages received \
-         and {} sent accounted for, {} handled by pipelines in {} batches",
-        started.elapsed().as_secs_f64(),
-        sum.virtual_nanos as f64 / 3.6e12,
-        sum.steps,
-        sum.faults,
-        sum.reconnects,
-        sum.transitions,
-        sum.received,
-        sum.outs,
-        sum.handled,
-        sum.batches,
-    );
+    let took = started.elapsed().as_secs_f64();
+    println!("{seeds} seeds of {minutes} virtual minutes in {took:.1} s: {sum}");
     let tally = tally.into_inner().unwrap();
     let told: Vec<_> = tally.iter().map(|(name, times)| format!("{name}: {times}")).collect();
     println!("faults: {}", told.join(", "));
@@ -225,6 +222,30 @@ impl Outcome {
         self.handled += other.handled;
         self.batches += other.batches;
         self.transitions += other.transitions;
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let minutes = self.virtual_nanos as f64 / 6e10;
+        if minutes < 120.0 {
+            write!(f, "{minutes:.1} virtual minutes, ")?;
+        } else {
+            write!(f, "{:.0} virtual hours, ", minutes / 60.0)?;
+        }
+        write!(
+            f,
+            "{} scheduling steps, {} faults injected, {} connections made, {} state changes, {} \
+             messages received and {} sent accounted for, {} handled by pipelines in {} batches",
+            self.steps,
+            self.faults,
+            self.reconnects,
+            self.transitions,
+            self.received,
+            self.outs,
+            self.handled,
+            self.batches,
+        )
     }
 }
 
@@ -261,6 +282,7 @@ fn find(bug: Bug, seeds: u64, minutes: u64) -> bool {
     match found.into_inner().unwrap() {
         Some((seed, check, how)) => {
             println!("planted {bug:?}: found by {check}, seed {seed}: {how}");
+            println!("    replay: {}", settings::command(bug, seed, minutes));
             true
         }
         None => {
@@ -271,7 +293,7 @@ fn find(bug: Bug, seeds: u64, minutes: u64) -> bool {
 }
 
 /// The world of this seed, tuned for what went wrong.
-fn tuned(tune: fn(&mut Scene), minutes: u64) -> Scene {
+fn tuned(tune: Tune, minutes: u64) -> Scene {
     let mut scene = with(|k| Scene::drawn(k, minutes));
     scene.plan = None;
     tune(&mut scene);
@@ -279,12 +301,10 @@ fn tuned(tune: fn(&mut Scene), minutes: u64) -> Scene {
 }
 
 /// Runs one seed, as it is or tuned again, with its log; prints the last lines of it.
-fn replay(seed: u64, minutes: u64, bug: Option<Bug>, again: Option<&str>, last: usize) -> i32 {
+fn replay(seed: u64, minutes: u64, bug: Option<Bug>, again: Option<Tune>, last: usize) -> i32 {
     let result = match again {
         None => one(seed, minutes, bug, true),
-        Some(name) => {
-            let known = REGRESSIONS.iter().find(|(known, _)| *known == name);
-            let tune = known.expect("the name of what went wrong").1;
+        Some(tune) => {
             kernel::begin(seed, true);
             play(bug, || tuned(tune, minutes))
         }
@@ -296,7 +316,7 @@ fn replay(seed: u64, minutes: u64, bug: Option<Bug>, again: Option<&str>, last: 
     }
     match result {
         Ok(outcome) => {
-            println!("seed {seed}: {outcome:?}");
+            println!("seed {seed} keeps every promise: {outcome}");
             0
         }
         Err((check, how)) => {

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use crate::event::counted;
 use crate::message::Metadata;
 use crate::metrics::Counter;
 use crate::threads::events::Told;
@@ -124,7 +125,8 @@ pub enum PipelineEvent {
         /// How long the handler took.
         took: Duration,
     },
-    /// An acknowledger was told of messages. Only told while somebody listens.
+    /// Messages of a source were settled, and its acknowledger, if it has one, was
+    /// told of them. Only told while somebody listens.
     Acknowledged {
         /// The number of their source, from 0.
         source: usize,
@@ -223,20 +225,21 @@ impl fmt::Display for PipelineEvent {
                 write!(f, "pipeline started: {}", topology.replace('\n', "; "))
             }
             PipelineEvent::ChunkStarted { thread, len } => {
-                write!(f, "{thread} begins {len} messages")
+                write!(f, "{thread} begins {}", counted(*len, "message"))
             }
             PipelineEvent::ChunkDone { thread, len, took } => {
-                write!(f, "{thread} has handled {len} messages in {took:.1?}")
+                write!(f, "{thread} has handled {} in {took:.1?}", counted(*len, "message"))
             }
             PipelineEvent::BatchStarted { thread, batcher, len } => {
-                write!(f, "{thread} begins {len} items of {batcher}")
+                write!(f, "{thread} begins {} of {batcher}", counted(*len, "item"))
             }
             PipelineEvent::BatchDone { thread, batcher, len, failed, took } => {
                 let how = if *failed { ", not all well" } else { "" };
-                write!(f, "{thread} has handled {len} items of {batcher} in {took:.1?}{how}")
+                let items = counted(*len, "item");
+                write!(f, "{thread} has handled {items} of {batcher} in {took:.1?}{how}")
             }
             PipelineEvent::Acknowledged { source, succeeded, failed } => {
-                write!(f, "acknowledged to source {source}: {succeeded} good, {failed} failed")
+                write!(f, "settled for source {source}: {succeeded} good, {failed} failed")
             }
             PipelineEvent::Failed { message, attempt, retry_in, reason, .. } => {
                 write!(f, "message {} failed at try {attempt}: {reason}", name(message))?;
@@ -246,7 +249,7 @@ impl fmt::Display for PipelineEvent {
                 }
             }
             PipelineEvent::Batch { batcher, len, trigger } => {
-                write!(f, "batcher {batcher}: {len} items by {trigger:?}")
+                write!(f, "batcher {batcher}: {} by {trigger:?}", counted(*len, "item"))
             }
             PipelineEvent::PrepareFailed { reason } => write!(f, "preparing failed: {reason}"),
             PipelineEvent::Panic { hook, message } => write!(f, "{hook} panicked: {message}"),
@@ -255,18 +258,19 @@ impl fmt::Display for PipelineEvent {
                 write!(f, "{thread} has worked on message {message} for {running_for:.1?}")
             }
             PipelineEvent::AcknowledgeFailed { count, reason } => {
-                write!(f, "acknowledging {count} messages failed: {reason}")
+                write!(f, "acknowledging {} failed: {reason}", counted(*count, "message"))
             }
             PipelineEvent::Restarting { thread, delay, reason } => {
                 write!(f, "thread {thread} restarts in {delay:.1?}: {reason}")
             }
             PipelineEvent::Escalated { reason } => write!(f, "pipeline failed: {reason}"),
             PipelineEvent::Ended { returned, stuck } if stuck.is_empty() => {
-                write!(f, "pipeline ended, {returned} messages returned")
+                write!(f, "pipeline ended, {} returned", counted(*returned, "message"))
             }
             PipelineEvent::Ended { returned, stuck } => {
                 let stuck = stuck.join(", ");
-                write!(f, "pipeline ended, {returned} messages returned, still running: {stuck}")
+                let returned = counted(*returned, "message");
+                write!(f, "pipeline ended, {returned} returned, still running: {stuck}")
             }
         }
     }
