@@ -51,7 +51,7 @@ const SIDES: [(&str, &str, f64); 8] = [
 
 /// In the order of the sides: what was counted when they were set, half as much
 /// again for the way threads happen to meet.
-const BUDGETS: [f64; 8] = [180.0, 660.0, 440.0, 1520.0, 2050.0, 2800.0, 1110.0, 1170.0];
+const BUDGETS: [f64; 8] = [140.0, 600.0, 390.0, 1420.0, 1980.0, 2740.0, 1010.0, 1090.0];
 
 fn main() {
     match child::role().as_deref() {

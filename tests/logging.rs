@@ -1,6 +1,5 @@
 //! What the log tells, and what it must not: its own process, as there is one logger
 //! in each.
-#![cfg(feature = "testing")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
