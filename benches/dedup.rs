@@ -79,7 +79,7 @@ fn compare(window: usize, rounds: usize) -> Vec<Row> {
     let batch = window.clamp(100_000, 2_000_000);
     let mut ids = Vec::with_capacity(batch);
     while next < window as u128 * 2 {
-        here.accept(id(next), now);
+        accept(&mut here, id(next), now);
         bare.accept(id(next));
         next += 1;
     }
@@ -88,7 +88,7 @@ fn compare(window: usize, rounds: usize) -> Vec<Row> {
         ids.extend((0..batch as u128).map(|n| id(next + n)));
         next += batch as u128;
         fresh.bare.push(nanos_each(&ids, true, |id| bare.accept(id)));
-        fresh.here.push(nanos_each(&ids, true, |id| here.accept(id, now)));
+        fresh.here.push(nanos_each(&ids, true, |id| accept(&mut here, id, now)));
         ids.clear();
         ids.extend((0..batch as u128).map(|n| id(next + n)));
         next += batch as u128;
@@ -99,7 +99,7 @@ fn compare(window: usize, rounds: usize) -> Vec<Row> {
         ids.clear();
         ids.extend((0..batch as u128).map(|n| id(recent + n * 7_919 % window as u128)));
         repeated.bare.push(nanos_each(&ids, false, |id| bare.accept(id)));
-        repeated.here.push(nanos_each(&ids, false, |id| here.accept(id, now)));
+        repeated.here.push(nanos_each(&ids, false, |id| accept(&mut here, id, now)));
     }
     vec![fresh, grouped, repeated]
 }
@@ -114,7 +114,7 @@ fn nanos_grouped(ids: &[u128], here: &mut Dedup, now: Instant) -> f64 {
         while at < group.len() {
             let usual = here.accept_usual(group[at..].iter().copied());
             at += usual;
-            let one = group.get(at).is_some_and(|id| here.accept(*id, now));
+            let one = group.get(at).is_some_and(|id| here.accept_next(*id, now));
             right += usual + usize::from(one);
             at += 1;
         }
@@ -122,6 +122,10 @@ fn nanos_grouped(ids: &[u128], here: &mut Dedup, now: Instant) -> f64 {
     let nanos = start.elapsed().as_nanos() as f64;
     assert_eq!(right, ids.len(), "a fresh id is accepted");
     nanos / ids.len() as f64
+}
+
+fn accept(here: &mut Dedup, id: u128, now: Instant) -> bool {
+    here.accept_usual(std::iter::once(id)) == 1 || here.accept_next(id, now)
 }
 
 fn nanos_each(ids: &[u128], expected: bool, mut accept: impl FnMut(u128) -> bool) -> f64 {

@@ -16,7 +16,7 @@
 //! with status 1 if a message is missing or was processed twice, if a ledger
 //! does not balance, if a server saw two connections at once or a breach of the
 //! protocol, or if threads, descriptors or memory are left behind. Ctrl-C ends
-//! that time early, with the same accounts; a second one ends the program.
+//! that time early, with the same accounts; a second one ends the program (on Unix).
 //!
 //! A ledger says where each message is: of those a client has `received`, it
 //! dropped `duplicates`, it `accepted` the others, and the program has those

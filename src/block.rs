@@ -558,8 +558,8 @@ impl BlockBuilder {
     }
 }
 
-/// The same text in the same memory, checked a register at a time. Only what is wrong
-/// is looked at once more, to tell where.
+/// The same text in the same memory (but for one of a few bytes), checked a register at
+/// a time. Only what is wrong is looked at once more, to tell where.
 fn checked(bytes: Vec<u8>) -> Result<String, FromUtf8Error> {
     let bytes = Bytes::from(bytes);
     match FastStr::from_bytes(bytes.clone()) {
@@ -609,6 +609,21 @@ mod tests {
         let told =
             |message: Message| (message.is_text(), message.to_vec(), message.metadata().sequence);
         block.finish().map(told).collect()
+    }
+
+    #[test]
+    fn a_text_that_is_checked_stays_where_it_is() {
+        for (len, capacity) in [(1000, 1000), (1000, 5000)] {
+            let mut bytes = Vec::with_capacity(capacity);
+            bytes.resize(len, b'x');
+            let was = (bytes.as_ptr(), bytes.capacity());
+            let text = checked(bytes).unwrap();
+            assert_eq!((text.as_ptr(), text.capacity(), text.len()), (was.0, was.1, len));
+        }
+        let error = checked(b"good\xff and more, which is more than a few bytes".to_vec());
+        let error = error.unwrap_err();
+        assert_eq!(error.utf8_error().valid_up_to(), 4);
+        assert!(error.into_bytes().ends_with(b"a few bytes"));
     }
 
     #[test]

@@ -409,7 +409,8 @@ impl ClientBuilder {
     }
 
     /// How often supervision restarts one connection before the client fails.
-    /// Defaults to 3 restarts in 5 s.
+    /// Defaults to 3 restarts in 5 s. Restarts in no time at all are refused at the
+    /// start.
     pub fn restart_intensity(mut self, intensity: Intensity) -> Self {
         self.intensity = intensity;
         self

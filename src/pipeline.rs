@@ -431,7 +431,7 @@ impl<H: Handler> PipelineBuilder<H> {
         self
     }
 
-    /// Adds a batcher.
+    /// Adds a batcher. It needs a name of its own, which its threads bear.
     pub fn batcher(mut self, name: impl Into<Arc<str>>, batching: Batching<H::Item>) -> Self {
         self.batchers.push((name.into(), batching));
         self
@@ -470,7 +470,8 @@ impl<H: Handler> PipelineBuilder<H> {
     }
 
     /// How often the workers of one pool are replaced before the pipeline
-    /// fails. Defaults to 3 restarts in 5 s.
+    /// fails. Defaults to 3 restarts in 5 s. Restarts in no time at all are refused
+    /// at the start.
     pub fn restart_intensity(mut self, intensity: Intensity) -> Self {
         self.intensity = intensity;
         self

@@ -23,6 +23,10 @@ pub(crate) struct Target {
     pub(crate) authority: String,
 }
 
+fn has_no_host(url: &str) -> bool {
+    url.eq_ignore_ascii_case("ws://") || url.eq_ignore_ascii_case("wss://")
+}
+
 impl Target {
     pub(crate) fn parse(url: &str) -> Result<Self, Error> {
         let refuse =
@@ -32,7 +36,7 @@ impl Target {
         }
         let uri = match url.parse::<Uri>() {
             Ok(uri) => uri,
-            Err(_) if url.ends_with("://") => return refuse("it has no host"),
+            Err(_) if has_no_host(url) => return refuse("it has no host"),
             Err(error) => return refuse(&error.to_string()),
         };
         let secure = match uri.scheme_str() {

@@ -138,14 +138,19 @@ impl Dedup {
 
     /// Whether a message with this id is fresh, and from now on in flight;
     /// `false`: it is a duplicate.
+    #[cfg(test)]
     pub(crate) fn accept(&mut self, id: u128, now: Instant) -> bool {
-        self.accept_usual(std::iter::once(id)) == 1 || self.accept_carefully(Key::of(id), now)
+        self.accept_usual(std::iter::once(id)) == 1 || self.accept_next(id, now)
     }
 
-    /// Accepts ids in turn for as long as they are fresh and need no closer look, and
-    /// says how many: the next one is for [`accept`](Self::accept) to judge.
+    /// Accepts ids in turn for as long as they are fresh and need no closer look: their
+    /// messages are in flight from now on. Says how many they are; the next one is for
+    /// [`accept_next`](Self::accept_next) to judge. With a time to live, that is each.
     #[inline]
     pub(crate) fn accept_usual(&mut self, ids: impl Iterator<Item = u128>) -> usize {
+        if self.ttl != u64::MAX {
+            return 0;
+        }
         // Most ids are unlike all others of their line, and take the place of one
         // that counts no more: that much is decided in one branch, as nobody could
         // predict several. What holds for all of them stays in registers.
@@ -178,9 +183,11 @@ impl Dedup {
         accepted
     }
 
-    /// The same, whatever the window and the id are like.
+    /// Whether a message with this id is fresh, and from now on in flight, whatever the
+    /// window and the id are like; `false`: it is a duplicate.
     #[inline(never)]
-    fn accept_carefully(&mut self, key: Key, now: Instant) -> bool {
+    pub(crate) fn accept_next(&mut self, id: u128, now: Instant) -> bool {
+        let key = Key::of(id);
         if self.next == self.ring.len() {
             self.grow();
         }
@@ -197,7 +204,7 @@ impl Dedup {
         true
     }
 
-    /// Asks the memory for the lines of ids that [`accept`](Self::accept) will be
+    /// Asks the memory for the lines of ids that [`accept_usual`](Self::accept_usual) will be
     /// asked about: the waits for them overlap, as those of single look-ups
     /// would not.
     pub(crate) fn touch(&self, ids: impl Iterator<Item = u128>) {
@@ -1100,6 +1107,41 @@ mod tests {
             let high = (high * 0x0666_6666) & 0x7fff_ffff;
             (high << 64) | (low * 0x2aaa_aaab)
         })
+    }
+
+    proptest! {
+        #[test]
+        fn ids_are_judged_together_as_they_are_one_by_one(
+            capacity in 1usize..300,
+            ttl in prop::option::of(1u64..40),
+            first in prop_oneof![Just(0u32), 1u32..5000],
+            groups in prop::collection::vec(
+                (prop::collection::vec(crowded(), 1..40), crowded(), 0u64..6),
+                1..20,
+            ),
+        ) {
+            let mut now = some_instant();
+            let mut alone = Dedup::new(capacity, ttl.map(secs));
+            alone.number = (alone.number + first) & alone.numbers;
+            let mut together = alone.clone();
+            for (ids, failed, wait) in groups {
+                let mut fresh = Vec::new();
+                while fresh.len() < ids.len() {
+                    let usual = together.accept_usual(ids[fresh.len()..].iter().copied());
+                    fresh.resize(fresh.len() + usual, true);
+                    if let Some(id) = ids.get(fresh.len()) {
+                        fresh.push(together.accept_next(*id, now));
+                    }
+                }
+                let expected: Vec<_> = ids.iter().map(|id| alone.accept(*id, now)).collect();
+                prop_assert_eq!(&fresh, &expected);
+                prop_assert_eq!(together.forget(failed), alone.forget(failed));
+                for id in &ids {
+                    prop_assert_eq!(together.state(*id, now), alone.state(*id, now));
+                }
+                now += secs(wait);
+            }
+        }
     }
 
     proptest! {

@@ -21,7 +21,7 @@ const STABLE: Duration = Duration::from_secs(10);
 pub struct Intensity {
     /// Restarts allowed within the time. Zero: the first end is final.
     pub restarts: u32,
-    /// The time in which they are counted.
+    /// The time in which they are counted; more than zero where any are allowed.
     pub within: Duration,
 }
 

@@ -156,7 +156,7 @@ impl Queue {
                     let next = ids[at..].iter().map_while(|id| id.map(MessageId::to_u128));
                     at += dedup.accept_usual(next);
                     match ids.get(at) {
-                        Some(Some(id)) => fresh[at] = dedup.accept(id.to_u128(), now),
+                        Some(Some(id)) => fresh[at] = dedup.accept_next(id.to_u128(), now),
                         Some(None) => without += 1,
                         None => {}
                     }

@@ -9,6 +9,9 @@ use crate::world::{self, Tune};
 /// Virtual minutes of a world.
 const MINUTES: u64 = 30;
 
+/// A week: a world of more would take no less than hours.
+const MOST_MINUTES: u64 = 7 * 24 * 60;
+
 pub(crate) struct Settings {
     /// `SIM_MINUTES`
     pub(crate) minutes: u64,
@@ -44,6 +47,12 @@ impl Settings {
             again: named("SIM_AGAIN", again)?,
             fault: text("SIM_FAULT"),
         };
+        if settings.seeds == 0 {
+            return Err("SIM_SEEDS=0: nothing would be run".to_owned());
+        }
+        if settings.minutes == 0 || settings.minutes > MOST_MINUTES {
+            return Err(format!("SIM_MINUTES: expected 1 to {MOST_MINUTES}"));
+        }
         if settings.again.is_some() && settings.seed.is_none() {
             return Err("SIM_AGAIN needs SIM_SEED, a whole number from 0".to_owned());
         }

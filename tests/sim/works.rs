@@ -185,11 +185,10 @@ pub(crate) fn meddle() {
         }
         3 => {
             let limit = with(draw_limit);
-            with(|k| {
-                k.wk.changed = k.now;
-                k.note(|| format!("the program sets {limit:?}"));
-            });
-            let _ = pipeline.set_rate_limit(limit);
+            with(|k| k.note(|| format!("the program sets {limit:?}")));
+            if pipeline.set_rate_limit(limit).is_ok() {
+                with(|k| k.wk.changed = k.now);
+            }
         }
         _ => {
             let snapshot = pipeline.metrics();

@@ -15,8 +15,8 @@ impl Dedup {
         Self(real::Dedup::new(capacity, ttl))
     }
 
-    pub(crate) fn accept(&mut self, id: u128, now: Instant) -> bool {
-        let fresh = self.0.accept(id, now);
+    pub(crate) fn accept_next(&mut self, id: u128, now: Instant) -> bool {
+        let fresh = self.0.accept_next(id, now);
         if planted(Bug::FreshTakenForDuplicate) && id % 512 == 7 {
             return false;
         }
