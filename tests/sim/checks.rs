@@ -157,6 +157,12 @@ impl Conn {
         matches!(self.state(), State::Connecting | State::Opening) && self.attempt >= at
     }
 
+    /// Whether it stood until lately, and waits for its first try since.
+    pub(crate) fn waits_once(&self, now: u64) -> bool {
+        let waits = self.due.is_some_and(|(_, latest)| now <= latest);
+        self.state() == State::Reconnecting && self.retries == 1 && waits
+    }
+
     pub(crate) fn is_blocked(&self) -> bool {
         self.blocked
     }

@@ -716,7 +716,9 @@ impl World {
                     // What is dead without a sign is found when something is to be
                     // written, which may be just now.
                     let limit = self.setup.connect.as_nanos() as u64;
-                    let tries = k.ck.conns[index].tries_since(k.now.saturating_sub(limit));
+                    let conn = &k.ck.conns[index];
+                    let tries = conn.tries_since(k.now.saturating_sub(limit));
+                    let tries = tries || conn.waits_once(k.now);
                     // Where too much is held back for a consumer that has left, no
                     // session opens.
                     let full = gone && k.ck.conns[index].is_blocked();
