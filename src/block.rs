@@ -8,7 +8,6 @@
 use std::fmt;
 use std::ops::Range;
 use std::str::Utf8Error;
-use std::string::FromUtf8Error;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -25,8 +24,12 @@ const LARGE: usize = 16 * 1024;
 /// Payloads are copied together up to about this size.
 const ARENA: usize = 1 << 30;
 
-/// Buffers that wait for their next use, for each connection.
-const SPARES: usize = 4;
+/// Buffers that wait for their next use, for each connection: a consumer that was
+/// off its processor for a while has some blocks to give back at once.
+const SPARES: usize = 16;
+
+/// Buffers that were not used while so many others were are freed.
+const TRIM: u32 = 4096;
 
 /// When what is fresh in a block is less than half of it, that is copied, so that
 /// a few messages do not keep the memory of many.
@@ -46,13 +49,18 @@ pub(crate) struct BlockData {
     pub(crate) received_at: Instant,
     /// Sequence that the entries' are counted from.
     pub(crate) base: u64,
+    /// A run in the buffer that it was read into, and the same as text if it was
+    /// checked as a whole.
+    run: Bytes,
+    run_text: FastStr,
+    /// What was copied together.
     text: String,
     binary: Vec<u8>,
     large: Vec<Large>,
     pub(crate) entries: Vec<Entry>,
     /// One for each entry, while dedup is on; empty otherwise.
     pub(crate) ids: Vec<Option<MessageId>>,
-    /// Where the memory of a run returns to.
+    /// Where the tables of a run return to.
     home: Option<Arc<Home>>,
 }
 
@@ -60,7 +68,7 @@ pub(crate) struct BlockData {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Entry {
     kind: Kind,
-    /// Where the payload starts in its arena, or its place among the large.
+    /// Where the payload starts in its memory, or its place among the large.
     start: u32,
     len: u32,
     /// Sequence after the block's base.
@@ -71,6 +79,10 @@ pub(crate) struct Entry {
 /// once and sliced for ever after.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
+    /// In the run.
+    RunText,
+    RunBinary,
+    /// Among what was copied together.
     Text,
     Binary,
     Large,
@@ -95,7 +107,9 @@ pub(crate) enum Payload<'a> {
 #[derive(Debug)]
 pub(crate) struct Run {
     pub(crate) bytes: Vec<u8>,
-    /// Where in `bytes` the messages are.
+    /// The part of `bytes` that the run is.
+    pub(crate) part: Range<usize>,
+    /// Where in that part the messages are.
     pub(crate) entries: Vec<Entry>,
     /// Room for their ids.
     pub(crate) ids: Vec<Option<MessageId>>,
@@ -103,12 +117,18 @@ pub(crate) struct Run {
     pub(crate) home: Option<Arc<Home>>,
 }
 
-/// The memory of a block that is no more.
+/// The memory of a block that is no more. Its bytes are as many as they were.
 #[derive(Debug, Default)]
 pub(crate) struct Spare {
     pub(crate) bytes: Vec<u8>,
     pub(crate) entries: Vec<Entry>,
     pub(crate) ids: Vec<Option<MessageId>>,
+}
+
+/// A buffer on loan to a block: it returns when the last message is gone.
+struct Loan {
+    bytes: Vec<u8>,
+    home: Arc<Home>,
 }
 
 /// The spare memory of a connection. Consumers drop blocks on other threads
@@ -126,15 +146,29 @@ pub(crate) struct Home(Mutex<Returned>);
 
 #[derive(Debug, Default)]
 struct Returned {
-    spares: Vec<Spare>,
+    buffers: Vec<Vec<u8>>,
+    tables: Vec<(Vec<Entry>, Vec<Option<MessageId>>)>,
+    /// Buffers taken since the last trim, and how many were left at least.
+    takes: u32,
+    unused: usize,
     /// Nobody will take any.
     closed: bool,
 }
 
 impl Spares {
-    /// Memory of an earlier block, or none yet.
-    pub(crate) fn take(&self) -> Spare {
-        self.home.returned().spares.pop().unwrap_or_default()
+    /// Memory of an earlier block, if a buffer is there, or if one is needed; a
+    /// needed one is empty when none is there.
+    pub(crate) fn take(&self, needed: bool) -> Option<Spare> {
+        let mut returned = self.home.returned();
+        let bytes = match returned.buffers.pop() {
+            None if !needed => return None,
+            buffer => buffer.unwrap_or_default(),
+        };
+        let (entries, ids) = returned.tables.pop().unwrap_or_default();
+        let unused = returned.trim();
+        drop(returned);
+        drop(unused);
+        Some(Spare { bytes, entries, ids })
     }
 
     /// Where a block that takes it gives it back.
@@ -147,17 +181,31 @@ impl Drop for Spares {
     /// Blocks may outlive their connection; they keep no memory but their own.
     fn drop(&mut self) {
         let mut returned = self.home.returned();
-        returned.closed = true;
-        returned.spares = Vec::new();
+        *returned = Returned { closed: true, ..Returned::default() };
+    }
+}
+
+impl Returned {
+    /// After a buffer was taken: those that have not been used for long, which are
+    /// the first ones.
+    fn trim(&mut self) -> Vec<Vec<u8>> {
+        let left = self.buffers.len();
+        self.unused = if self.takes == 0 { left } else { self.unused.min(left) };
+        self.takes = (self.takes + 1) % TRIM;
+        if self.takes > 0 || self.unused == 0 {
+            return Vec::new();
+        }
+        self.tables.drain(..self.unused.min(self.tables.len()));
+        self.buffers.drain(..self.unused).collect()
     }
 }
 
 impl Home {
     /// What is more than enough is freed.
-    fn take_back(&self, spare: Spare) {
+    fn take_back(&self, give: impl FnOnce(&mut Returned)) {
         let mut returned = self.returned();
-        if !returned.closed && returned.spares.len() < SPARES {
-            returned.spares.push(spare);
+        if !returned.closed {
+            give(&mut returned);
         }
     }
 
@@ -166,17 +214,34 @@ impl Home {
     }
 }
 
+impl AsRef<[u8]> for Loan {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Loan {
+    fn drop(&mut self) {
+        let bytes = std::mem::take(&mut self.bytes);
+        self.home.take_back(|returned| {
+            if returned.buffers.len() < SPARES {
+                returned.buffers.push(bytes);
+            }
+        });
+    }
+}
+
 impl Entry {
     /// A message of a run, the one with this number in it.
     pub(crate) fn in_run(text: bool, start: usize, len: usize, number: usize) -> Self {
-        let kind = if text { Kind::Text } else { Kind::Binary };
+        let kind = if text { Kind::RunText } else { Kind::RunBinary };
         Self { kind, start: narrow(start), len: narrow(len), sequence: narrow(number) }
     }
 
     /// The same, of a short one: buffers and their counts fit into 32 bits.
     #[inline]
     pub(crate) fn short(text: bool, start: usize, len: u8, number: usize) -> Self {
-        let kind = if text { Kind::Text } else { Kind::Binary };
+        let kind = if text { Kind::RunText } else { Kind::RunBinary };
         Self { kind, start: start as u32, len: u32::from(len), sequence: number as u32 }
     }
 
@@ -185,11 +250,12 @@ impl Entry {
         Self { start: self.start - narrow(cut), ..self }
     }
 
+    /// Of a message of a run.
     pub(crate) fn is_text(self) -> bool {
-        self.kind == Kind::Text
+        self.kind == Kind::RunText
     }
 
-    /// Where the payload is in the buffer or arena it lies in.
+    /// Where the payload is in the memory it lies in.
     pub(crate) fn range(self) -> Range<usize> {
         self.start as usize..(self.start + self.len) as usize
     }
@@ -199,8 +265,9 @@ impl BlockData {
     #[inline]
     pub(crate) fn text_of(&self, entry: &Entry) -> Option<&str> {
         match entry.kind {
+            Kind::RunText => Some(&self.run_text[entry.range()]),
             Kind::Text => Some(&self.text[entry.range()]),
-            Kind::Binary => None,
+            Kind::RunBinary | Kind::Binary => None,
             Kind::Large => match &self.large[entry.start as usize] {
                 Large::Text(text) => Some(text.as_str()),
                 Large::Binary(_) => None,
@@ -208,20 +275,22 @@ impl BlockData {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn bytes_of(&self, entry: &Entry) -> &[u8] {
-        match entry.kind {
-            Kind::Text => &self.text.as_bytes()[entry.range()],
-            Kind::Binary => &self.binary[entry.range()],
-            Kind::Large => self.large[entry.start as usize].bytes(),
-        }
+        let memory = match entry.kind {
+            Kind::RunText | Kind::RunBinary => &self.run,
+            Kind::Text => self.text.as_bytes(),
+            Kind::Binary => &self.binary,
+            Kind::Large => return self.large[entry.start as usize].bytes(),
+        };
+        &memory[entry.range()]
     }
 
     #[inline]
     pub(crate) fn is_text(&self, entry: &Entry) -> bool {
         match entry.kind {
-            Kind::Text => true,
-            Kind::Binary => false,
+            Kind::RunText | Kind::Text => true,
+            Kind::RunBinary | Kind::Binary => false,
             Kind::Large => matches!(self.large[entry.start as usize], Large::Text(_)),
         }
     }
@@ -236,6 +305,8 @@ impl BlockData {
     /// As it would be put into another block: what is large is shared.
     fn payload_of(&self, entry: &Entry) -> Payload<'_> {
         match entry.kind {
+            Kind::RunText => Payload::Text(&self.run_text[entry.range()]),
+            Kind::RunBinary => Payload::Binary(&self.run[entry.range()]),
             Kind::Text => Payload::Text(&self.text[entry.range()]),
             Kind::Binary => Payload::Binary(&self.binary[entry.range()]),
             Kind::Large => match &self.large[entry.start as usize] {
@@ -247,23 +318,24 @@ impl BlockData {
 }
 
 impl Drop for BlockData {
-    /// Returns the memory of a run.
+    /// Returns the tables of a run; its buffer returns by itself.
     fn drop(&mut self) {
         let Some(home) = self.home.take() else { return };
-        let text = std::mem::take(&mut self.text).into_bytes();
-        let binary = std::mem::take(&mut self.binary);
-        let bytes = if text.capacity() >= binary.capacity() { text } else { binary };
         let (mut entries, mut ids) =
             (std::mem::take(&mut self.entries), std::mem::take(&mut self.ids));
         entries.clear();
         ids.clear();
-        home.take_back(Spare { bytes, entries, ids });
+        home.take_back(|returned| {
+            if returned.tables.len() < SPARES {
+                returned.tables.push((entries, ids));
+            }
+        });
     }
 }
 
 fn len_of(large: &[Large], entry: &Entry) -> usize {
     match entry.kind {
-        Kind::Text | Kind::Binary => entry.len as usize,
+        Kind::RunText | Kind::RunBinary | Kind::Text | Kind::Binary => entry.len as usize,
         Kind::Large => large[entry.start as usize].bytes().len(),
     }
 }
@@ -294,6 +366,8 @@ impl BlockBuilder {
                 epoch,
                 received_at,
                 base: 0,
+                run: Bytes::new(),
+                run_text: FastStr::empty(),
                 text: String::new(),
                 binary: Vec::new(),
                 large: Vec::new(),
@@ -336,54 +410,68 @@ impl BlockBuilder {
     /// messages before it are taken.
     pub(crate) fn adopt(&mut self, run: Run, first: u64) -> Result<(), Utf8Error> {
         debug_assert!(self.data.entries.is_empty(), "a run begins a block");
-        let Run { bytes, entries, ids, home } = run;
+        let Run { mut bytes, part, entries, ids, home } = run;
         self.data.base = first;
-        (self.data.entries, self.data.ids, self.data.home) = (entries, ids, home);
-        let texts = self.data.entries.first().is_some_and(|entry| entry.kind == Kind::Text);
-        let checked = if texts { self.adopt_texts(bytes) } else { self.adopt_binaries(bytes) };
+        (self.data.entries, self.data.ids) = (entries, ids);
+        let texts = self.data.entries.first().is_some_and(|entry| entry.is_text());
+        if texts {
+            self.move_binaries_out(&mut bytes[part.clone()]);
+        }
+        self.data.home.clone_from(&home);
+        let bytes = match home {
+            Some(home) => Bytes::from_owner(Loan { bytes, home }),
+            None => bytes.into(),
+        };
+        self.data.run = bytes.slice(part);
+        let checked = if texts { self.check_texts() } else { self.copy_texts_out() };
         self.bytes = self.data.entries.iter().map(|entry| entry.len as usize).sum();
         checked
     }
 
-    /// Takes over a buffer of texts. Binary messages among them are moved out.
-    fn adopt_texts(&mut self, mut bytes: Vec<u8>) -> Result<(), Utf8Error> {
-        let BlockData { entries, binary, text, .. } = &mut self.data;
-        for entry in entries.iter_mut().filter(|entry| entry.kind == Kind::Binary) {
-            let start = binary.len();
-            let payload = &mut bytes[entry.range()];
+    /// Binary messages among the texts of a run are moved out, so that all of the
+    /// rest is text.
+    fn move_binaries_out(&mut self, run: &mut [u8]) {
+        let BlockData { entries, binary, .. } = &mut self.data;
+        for entry in entries.iter_mut().filter(|entry| !entry.is_text()) {
+            let payload = &mut run[entry.range()];
+            (entry.kind, entry.start) = (Kind::Binary, narrow(binary.len()));
             binary.extend_from_slice(payload);
             payload.fill(BLANK);
-            entry.start = narrow(start);
         }
-        match checked(bytes) {
-            Ok(valid) => {
-                *text = valid;
+    }
+
+    /// Checks the texts of a run in one go, a register at a time. Only what is
+    /// wrong is looked at once more, to tell where.
+    fn check_texts(&mut self) -> Result<(), Utf8Error> {
+        let BlockData { entries, run, run_text, .. } = &mut self.data;
+        match FastStr::from_bytes(run.clone()) {
+            Ok(text) => {
+                *run_text = text;
                 Ok(())
             }
-            Err(error) => {
-                let valid = error.utf8_error().valid_up_to();
-                let mut bytes = error.into_bytes();
-                let broken = |entry: &Entry| entry.kind == Kind::Text && entry.range().end > valid;
+            Err(_) => {
+                let valid = std::str::from_utf8(run).map_or_else(|e| e.valid_up_to(), str::len);
+                let broken = |entry: &Entry| entry.is_text() && entry.range().end > valid;
                 let bad = entries.iter().position(broken).unwrap_or(0);
-                let why = std::str::from_utf8(&bytes[entries[bad].range()]).map(drop);
+                let why = std::str::from_utf8(&run[entries[bad].range()]).map(drop);
                 entries.truncate(bad);
-                bytes.truncate(valid);
-                *text = String::from_utf8(bytes).unwrap_or_default();
+                run.truncate(valid);
+                *run_text = FastStr::from_bytes(run.clone()).unwrap_or_default();
                 why
             }
         }
     }
 
-    /// Takes over a buffer of binary messages. Texts among them are copied out.
-    fn adopt_binaries(&mut self, bytes: Vec<u8>) -> Result<(), Utf8Error> {
-        let BlockData { entries, binary, text, .. } = &mut self.data;
-        *binary = bytes;
+    /// Texts among the binary messages of a run are copied out, and checked each by
+    /// itself.
+    fn copy_texts_out(&mut self) -> Result<(), Utf8Error> {
+        let BlockData { entries, run, text, .. } = &mut self.data;
         for at in 0..entries.len() {
             let entry = &mut entries[at];
-            if entry.kind == Kind::Text {
-                match std::str::from_utf8(&binary[entry.range()]) {
+            if entry.is_text() {
+                match std::str::from_utf8(&run[entry.range()]) {
                     Ok(valid) => {
-                        entry.start = narrow(text.len());
+                        (entry.kind, entry.start) = (Kind::Text, narrow(text.len()));
                         text.push_str(valid);
                     }
                     Err(error) => {
@@ -410,8 +498,14 @@ impl BlockBuilder {
         let mut ids = std::mem::take(&mut self.data.ids);
         ids.clear();
         ids.reserve(self.data.entries.len());
+        let run = &self.data.run[..];
         for entry in &self.data.entries {
-            ids.push(id(self.data.is_text(entry), self.data.bytes_of(entry)));
+            let (text, bytes) = match entry.kind {
+                Kind::RunText => (true, &run[entry.range()]),
+                Kind::RunBinary => (false, &run[entry.range()]),
+                _ => (self.data.is_text(entry), self.data.bytes_of(entry)),
+            };
+            ids.push(id(text, bytes));
         }
         self.data.ids = ids;
     }
@@ -500,9 +594,9 @@ impl BlockBuilder {
 
     /// Payload bytes in its memory.
     fn held(&self) -> usize {
-        let BlockData { text, binary, large, .. } = &self.data;
+        let BlockData { run, text, binary, large, .. } = &self.data;
         let large: usize = large.iter().map(|large| large.bytes().len()).sum();
-        text.len().max(binary.len()) + large
+        run.len() + text.len() + binary.len() + large
     }
 
     /// Puts its messages into memory that is no larger than they are.
@@ -558,20 +652,6 @@ impl BlockBuilder {
     }
 }
 
-/// The same text in the same memory (but for one of a few bytes), checked a register at
-/// a time. Only what is wrong is looked at once more, to tell where.
-fn checked(bytes: Vec<u8>) -> Result<String, FromUtf8Error> {
-    let bytes = Bytes::from(bytes);
-    match FastStr::from_bytes(bytes.clone()) {
-        Ok(text) => {
-            // Nobody else has it any more, so it is not copied.
-            drop(bytes);
-            Ok(text.into())
-        }
-        Err(_) => String::from_utf8(Vec::from(bytes)),
-    }
-}
-
 /// Offsets and counts of a block, which the arena's limit keeps small.
 pub(crate) fn narrow(number: usize) -> u32 {
     u32::try_from(number).unwrap_or(u32::MAX)
@@ -595,14 +675,23 @@ mod tests {
 
     /// A run of these payloads, each behind a head of two bytes.
     fn run(payloads: &[(bool, &[u8])], home: Option<Arc<Home>>) -> Run {
-        let mut run = Run { bytes: Vec::new(), entries: Vec::new(), ids: Vec::new(), home };
+        // The first bytes were another run's, and the last are a part of a message.
+        let (before, behind) = (b"\xc3", b"\x82\xac");
+        let (mut bytes, mut entries) = (before.to_vec(), Vec::new());
         for (number, (text, payload)) in payloads.iter().enumerate() {
-            run.bytes.extend([BLANK; 2]);
-            let start = run.bytes.len();
-            run.entries.push(Entry::in_run(*text, start, payload.len(), number));
-            run.bytes.extend_from_slice(payload);
+            bytes.extend([BLANK; 2]);
+            let start = bytes.len() - before.len();
+            entries.push(Entry::in_run(*text, start, payload.len(), number));
+            bytes.extend_from_slice(payload);
         }
-        run
+        let part = before.len()..bytes.len();
+        bytes.extend(behind);
+        Run { bytes, part, entries, ids: Vec::new(), home }
+    }
+
+    /// How large the next spare buffer is; 0 if there is none.
+    fn spare(spares: &Spares) -> usize {
+        spares.take(false).map_or(0, |spare| spare.bytes.len())
     }
 
     fn messages(block: BlockBuilder) -> Vec<(bool, Vec<u8>, u64)> {
@@ -612,18 +701,18 @@ mod tests {
     }
 
     #[test]
-    fn a_text_that_is_checked_stays_where_it_is() {
-        for (len, capacity) in [(1000, 1000), (1000, 5000)] {
-            let mut bytes = Vec::with_capacity(capacity);
-            bytes.resize(len, b'x');
-            let was = (bytes.as_ptr(), bytes.capacity());
-            let text = checked(bytes).unwrap();
-            assert_eq!((text.as_ptr(), text.capacity(), text.len()), (was.0, was.1, len));
+    fn a_run_stays_where_it_is() {
+        for (text, borrowed) in [(true, true), (true, false), (false, true), (false, false)] {
+            let spares = Spares::default();
+            let payload = [b'x'; 1000];
+            let run = run(&[(text, &payload)], borrowed.then(|| spares.home()));
+            let at = run.bytes[3..].as_ptr();
+            let mut block = builder();
+            block.adopt(run, 1).unwrap();
+            let data = block.build().0;
+            assert_eq!(data.bytes_of(&data.entries[0]).as_ptr(), at);
+            assert_eq!(data.text_of(&data.entries[0]).map(str::as_ptr), text.then_some(at));
         }
-        let error = checked(b"good\xff and more, which is more than a few bytes".to_vec());
-        let error = error.unwrap_err();
-        assert_eq!(error.utf8_error().valid_up_to(), 4);
-        assert!(error.into_bytes().ends_with(b"a few bytes"));
     }
 
     #[test]
@@ -666,9 +755,9 @@ mod tests {
         let mut block = block.finish();
         let (first, second) = (block.next(), block.next());
         drop((block, first));
-        assert_eq!(spares.take().bytes.capacity(), 0, "a message is left");
+        assert_eq!(spare(&spares), 0, "a message is left");
         drop(second);
-        assert!(spares.take().bytes.capacity() >= 204);
+        assert_eq!(spare(&spares), 1 + 204 + 2, "as large as it was");
     }
 
     #[test]
@@ -681,9 +770,29 @@ mod tests {
             drop(block.finish());
         }
         for size in sizes[..SPARES].iter().rev() {
-            assert!((*size..size + 1000).contains(&spares.take().bytes.capacity()), "{size}");
+            assert_eq!(spare(&spares), size + 5);
         }
-        assert_eq!(spares.take().bytes.capacity(), 0);
+        assert!(spares.take(false).is_none());
+        assert!(spares.take(true).is_some_and(|spare| spare.bytes.is_empty()));
+    }
+
+    #[test]
+    fn buffers_that_are_never_used_are_freed() {
+        let spares = Spares::default();
+        let lend = |size: usize| {
+            let mut block = builder();
+            block.adopt(run(&[(false, &vec![1; size])], Some(spares.home())), 1).unwrap();
+            block.finish()
+        };
+        // Nine come back at once, but from then on two are in use.
+        drop((1..=9).map(lend).collect::<Vec<_>>());
+        for _ in 0..2 * TRIM {
+            let (first, second) = (spares.take(false).unwrap(), spares.take(false).unwrap());
+            let sizes = [first, second].map(|spare| spare.bytes.len() - 5);
+            assert_eq!(sizes, [9, 8], "what was used last");
+            drop([8, 9].map(lend));
+        }
+        assert_eq!([spare(&spares), spare(&spares), spare(&spares)], [14, 13, 0]);
     }
 
     #[test]
@@ -697,9 +806,10 @@ mod tests {
         });
         let [first, second] = blocks;
         drop(first);
-        assert_eq!(home.returned().spares.len(), 1);
+        let count = |returned: &Returned| (returned.buffers.len(), returned.tables.len());
+        assert_eq!(count(&home.returned()), (1, 1));
         drop((spares, second));
-        assert_eq!(home.returned().spares.capacity(), 0);
+        assert_eq!(count(&home.returned()), (0, 0));
     }
 
     #[test]
@@ -718,7 +828,7 @@ mod tests {
         });
         assert_eq!((block.len(), block.bytes()), (1, 100));
         let mut block = block.finish();
-        assert!(spares.take().bytes.capacity() >= 2000, "while the message is still there");
+        assert!(spare(&spares) >= 2000, "while the message is still there");
         let message = block.next().unwrap();
         assert_eq!((message.metadata().sequence, message.id()), (8, Some(MessageId::new(8))));
         assert_eq!(message.text(), Some("x".repeat(100).as_str()));

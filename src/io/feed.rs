@@ -15,6 +15,9 @@ use crate::block::{BLANK, Entry, Run, Spares};
 /// What an idle connection's buffer shrinks to.
 const SMALL: usize = 1024;
 
+/// A run of so many bytes is copied, though a buffer waits.
+const COPIED: usize = 4096;
+
 /// Memory that a server's word for the length of a message is good for; what is
 /// larger grows with what arrives.
 const TRUSTED: usize = 64 << 20;
@@ -210,29 +213,34 @@ impl<S: Read> Feed<S> {
         (self.run, &self.buffer[self.run..self.start], &self.entries)
     }
 
-    /// The messages that [`find_run`](Self::find_run) found. If they are most of
-    /// the buffer they take it along, and reading goes on in another one; a copy
-    /// of a few is cheaper.
+    /// The messages that [`find_run`](Self::find_run) found. They take the buffer
+    /// along, and reading goes on in another one, if they are most of it, or if
+    /// one that was given back is there; a copy of a few is cheaper. So memory is
+    /// made for blocks that use it, and what waits is used by those that come.
     pub(super) fn take_run(&mut self) -> Run {
         let (from, to) = (self.run, self.start);
         self.run = to;
-        if (to - from) * 2 < self.buffer.len() || self.buffer.len() <= SMALL {
+        let most = (to - from) * 2 >= self.buffer.len() && self.buffer.len() > SMALL;
+        if most {
+            self.spares.get_or_insert_default();
+        }
+        let spares = self.spares.as_ref().filter(|_| most || to - from > COPIED);
+        let Some((spare, home)) = spares.and_then(|s| Some((s.take(most)?, s.home()))) else {
             let bytes = self.buffer[from..to].to_vec();
             let entries = self.entries.drain(..).map(|entry| entry.moved(from)).collect();
-            return Run { bytes, entries, ids: Vec::new(), home: None };
+            return Run { bytes, part: 0..to - from, entries, ids: Vec::new(), home: None };
+        };
+        if from > 0 {
+            self.entries.iter_mut().for_each(|entry| *entry = entry.moved(from));
         }
-        let spares = self.spares.get_or_insert_default();
-        let spare = spares.take();
         let mut next = spare.bytes;
-        next.resize(self.buffer.len(), 0);
         let rest = self.end - to;
+        next.resize(self.buffer.len(), 0);
         next[..rest].copy_from_slice(&self.buffer[to..self.end]);
-        let mut bytes = std::mem::replace(&mut self.buffer, next);
+        let bytes = std::mem::replace(&mut self.buffer, next);
         (self.start, self.end, self.run) = (0, rest, 0);
-        bytes.truncate(to);
-        bytes[..from].fill(BLANK);
         let entries = std::mem::replace(&mut self.entries, spare.entries);
-        Run { bytes, entries, ids: spare.ids, home: Some(spares.home()) }
+        Run { bytes, part: from..to, entries, ids: spare.ids, home: Some(home) }
     }
 
     /// Finds what comes next, reading as needed; an error may be `WouldBlock`.
@@ -457,8 +465,26 @@ impl<S: Write> Write for Feed<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::block::BlockBuilder;
 
     const LARGEST: usize = 256 * 1024;
+
+    /// A stream that would block after each of these.
+    struct Pieces(Vec<Vec<u8>>);
+
+    impl Read for Pieces {
+        fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+            let Some(piece) = self.0.first_mut() else { return Ok(0) };
+            if piece.is_empty() {
+                self.0.remove(0);
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            let count = buf.len().min(piece.len());
+            buf[..count].copy_from_slice(&piece[..count]);
+            piece.drain(..count);
+            Ok(count)
+        }
+    }
 
     /// Frames of texts of this length.
     fn frames(count: usize, len: u16) -> Vec<u8> {
@@ -495,6 +521,30 @@ mod tests {
             assert!(runs.len() <= 400 / at_least + 10, "{runs:?}");
             assert_eq!(largest, LARGEST);
         }
+    }
+
+    #[test]
+    fn a_small_run_is_copied_unless_a_buffer_waits() {
+        let pieces = [2_900, 30_000, 2_900, 2_900].map(|len| frames(2, len));
+        let mut feed = Feed::new(Pieces(pieces.into()), Vec::new(), LARGEST, usize::MAX);
+        feed.make_room(64 * 1024);
+        let mut take = || {
+            assert!(feed.find_run(4096).is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock));
+            let (at, run) = (feed.buffer.as_ptr(), feed.take_run());
+            assert!(run.entries.iter().all(|entry| {
+                run.bytes[run.part.clone()][entry.range()].iter().all(|byte| *byte == b'x')
+            }));
+            (run.entries.len(), run.bytes.as_ptr() == at, run)
+        };
+        let [first, second, third] = [take(), take(), take()];
+        assert_eq!((first.0, first.1), (2, false), "none waits");
+        assert_eq!((second.0, second.1), (2, true), "it is most of the buffer");
+        assert_eq!((third.0, third.1), (2, false), "the other is still away");
+        let mut block = BlockBuilder::new(0, 1, crate::io::clock::Clock::real().now());
+        block.adopt(second.2, 1).unwrap();
+        drop(block);
+        let fourth = take();
+        assert_eq!((fourth.0, fourth.1), (2, true), "one is back");
     }
 
     #[test]
