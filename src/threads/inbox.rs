@@ -35,6 +35,8 @@ struct State {
     outbox: VecDeque<Outgoing>,
     /// Payload bytes in the outbox.
     bytes: usize,
+    /// Threads that wait for room.
+    waiting: usize,
     /// No message is taken any more.
     closed: bool,
     /// The epoch whose socket is open.
@@ -184,17 +186,19 @@ impl Inbox {
     ) -> bool {
         let mut state = self.lock();
         while !state.closed && !state.takes(self.limits, len) {
-            state = match until {
+            let left = until.map(|until| until.saturating_duration_since(now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return false;
+            }
+            state.waiting += 1;
+            state = match left {
                 None => self.room.wait(state).unwrap_or_else(PoisonError::into_inner),
-                Some(until) => {
-                    let left = until.saturating_duration_since(now());
-                    if left.is_zero() {
-                        return false;
-                    }
+                Some(left) => {
                     let waited = self.room.wait_timeout(state, left);
                     waited.unwrap_or_else(PoisonError::into_inner).0
                 }
             };
+            state.waiting -= 1;
         }
         true
     }
@@ -204,9 +208,12 @@ impl Inbox {
         let mut state = self.lock();
         let message = state.outbox.pop_front()?;
         state.bytes -= message.len();
+        let waited_for = state.waiting > 0;
         drop(state);
-        // Not only one: who is woken may want more room than there is.
-        self.room.notify_all();
+        if waited_for {
+            // Not only one: who is woken may want more room than there is.
+            self.room.notify_all();
+        }
         Some(message)
     }
 
