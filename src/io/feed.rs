@@ -215,16 +215,18 @@ impl<S: Read> Feed<S> {
 
     /// The messages that [`find_run`](Self::find_run) found. They take the buffer
     /// along, and reading goes on in another one, if they are most of it, or if
-    /// one that was given back is there; a copy of a few is cheaper. So memory is
-    /// made for blocks that use it, and what waits is used by those that come.
+    /// one that was given back is there; a copy of a few is cheaper, and so is one
+    /// of less than what lies behind them. So memory is made for blocks that use
+    /// it, and what waits is used by those that come.
     pub(super) fn take_run(&mut self) -> Run {
         let (from, to) = (self.run, self.start);
+        let rest = self.end - to;
         self.run = to;
         let most = (to - from) * 2 >= self.buffer.len() && self.buffer.len() > SMALL;
         if most {
             self.spares.get_or_insert_default();
         }
-        let spares = self.spares.as_ref().filter(|_| most || to - from > COPIED);
+        let spares = self.spares.as_ref().filter(|_| most || to - from > COPIED.max(rest));
         let Some((spare, home)) = spares.and_then(|s| Some((s.take(most)?, s.home()))) else {
             let bytes = self.buffer[from..to].to_vec();
             let entries = self.entries.drain(..).map(|entry| entry.moved(from)).collect();
@@ -234,7 +236,6 @@ impl<S: Read> Feed<S> {
             self.entries.iter_mut().for_each(|entry| *entry = entry.moved(from));
         }
         let mut next = spare.bytes;
-        let rest = self.end - to;
         next.resize(self.buffer.len(), 0);
         next[..rest].copy_from_slice(&self.buffer[to..self.end]);
         let bytes = std::mem::replace(&mut self.buffer, next);
