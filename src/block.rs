@@ -25,11 +25,15 @@ const LARGE: usize = 16 * 1024;
 const ARENA: usize = 1 << 30;
 
 /// Buffers that wait for their next use, for each connection: a consumer that was
-/// off its processor for a while has some blocks to give back at once.
+/// off its processor for a while has some blocks to give back at once. As many
+/// small runs at most may have a buffer each.
 const SPARES: usize = 16;
 
-/// Buffers that were not used while so many others were are freed.
-const TRIM: u32 = 4096;
+/// Of large buffers no more wait than are so many bytes together, or four.
+const SPARE_BYTES: usize = 4 << 20;
+
+/// After so many runs, half of the buffers that none of them needed are freed.
+const TRIM: u32 = 256;
 
 /// When what is fresh in a block is less than half of it, that is copied, so that
 /// a few messages do not keep the memory of many.
@@ -125,6 +129,9 @@ pub(crate) struct Spare {
     pub(crate) ids: Vec<Option<MessageId>>,
 }
 
+/// The table of a block's messages, and that of their ids.
+type Tables = (Vec<Entry>, Vec<Option<MessageId>>);
+
 /// A buffer on loan to a block: it returns when the last message is gone.
 struct Loan {
     bytes: Vec<u8>,
@@ -147,28 +154,36 @@ pub(crate) struct Home(Mutex<Returned>);
 #[derive(Debug, Default)]
 struct Returned {
     buffers: Vec<Vec<u8>>,
-    tables: Vec<(Vec<Entry>, Vec<Option<MessageId>>)>,
-    /// Buffers taken since the last trim, and how many were left at least.
-    takes: u32,
+    tables: Vec<Tables>,
+    /// Buffers that are on loan.
+    lent: usize,
+    /// Runs since the last trim, and how many buffers waited at least.
+    runs: u32,
     unused: usize,
     /// Nobody will take any.
     closed: bool,
 }
 
 impl Spares {
-    /// Memory of an earlier block, if a buffer is there, or if one is needed; a
-    /// needed one is empty when none is there.
-    pub(crate) fn take(&self, needed: bool) -> Option<Spare> {
+    /// Memory to go on with for a block that takes a buffer along. One that must,
+    /// as it fills it, gets none to go on with if none waits; for another that may,
+    /// one waits, and few are on loan.
+    pub(crate) fn take(&self, must: bool) -> Option<Spare> {
         let mut returned = self.home.returned();
-        let bytes = match returned.buffers.pop() {
-            None if !needed => return None,
-            buffer => buffer.unwrap_or_default(),
-        };
+        if !must && (returned.buffers.is_empty() || returned.lent >= SPARES) {
+            return None;
+        }
+        returned.lent += 1;
+        let bytes = returned.buffers.pop().unwrap_or_default();
+        returned.unused = returned.unused.min(returned.buffers.len());
         let (entries, ids) = returned.tables.pop().unwrap_or_default();
-        let unused = returned.trim();
-        drop(returned);
-        drop(unused);
         Some(Spare { bytes, entries, ids })
+    }
+
+    /// Counts a run, whatever it takes.
+    pub(crate) fn count_run(&self) {
+        let unused = self.home.returned().trim();
+        drop(unused);
     }
 
     /// Where a block that takes it gives it back.
@@ -180,33 +195,48 @@ impl Spares {
 impl Drop for Spares {
     /// Blocks may outlive their connection; they keep no memory but their own.
     fn drop(&mut self) {
-        let mut returned = self.home.returned();
-        *returned = Returned { closed: true, ..Returned::default() };
+        let left = Returned { closed: true, ..Returned::default() };
+        let left = std::mem::replace(&mut *self.home.returned(), left);
+        drop(left);
     }
 }
 
 impl Returned {
-    /// After a buffer was taken: those that have not been used for long, which are
+    /// Now and then: some of the buffers that have not been used for long, which are
     /// the first ones.
     fn trim(&mut self) -> Vec<Vec<u8>> {
-        let left = self.buffers.len();
-        self.unused = if self.takes == 0 { left } else { self.unused.min(left) };
-        self.takes = (self.takes + 1) % TRIM;
-        if self.takes > 0 || self.unused == 0 {
+        self.runs += 1;
+        if self.runs < TRIM {
             return Vec::new();
         }
-        self.tables.drain(..self.unused.min(self.tables.len()));
-        self.buffers.drain(..self.unused).collect()
+        let unused = self.unused.min(self.buffers.len()).div_ceil(2);
+        self.tables.drain(..unused.min(self.tables.len()));
+        let unused = self.buffers.drain(..unused).collect();
+        (self.runs, self.unused) = (0, self.buffers.len());
+        unused
     }
 }
 
 impl Home {
-    /// What is more than enough is freed.
-    fn take_back(&self, give: impl FnOnce(&mut Returned)) {
+    /// What is more than enough is freed, by the caller.
+    fn take_back(&self, bytes: Vec<u8>) -> Option<Vec<u8>> {
         let mut returned = self.returned();
-        if !returned.closed {
-            give(&mut returned);
+        returned.lent = returned.lent.saturating_sub(1);
+        let most = (SPARE_BYTES / bytes.len().max(1)).clamp(4, SPARES);
+        if returned.closed || returned.buffers.len() >= most {
+            return Some(bytes);
         }
+        returned.buffers.push(bytes);
+        None
+    }
+
+    fn take_tables_back(&self, tables: Tables) -> Option<Tables> {
+        let mut returned = self.returned();
+        if returned.closed || returned.tables.len() >= SPARES {
+            return Some(tables);
+        }
+        returned.tables.push(tables);
+        None
     }
 
     fn returned(&self) -> MutexGuard<'_, Returned> {
@@ -222,12 +252,8 @@ impl AsRef<[u8]> for Loan {
 
 impl Drop for Loan {
     fn drop(&mut self) {
-        let bytes = std::mem::take(&mut self.bytes);
-        self.home.take_back(|returned| {
-            if returned.buffers.len() < SPARES {
-                returned.buffers.push(bytes);
-            }
-        });
+        let more_than_enough = self.home.take_back(std::mem::take(&mut self.bytes));
+        drop(more_than_enough);
     }
 }
 
@@ -325,11 +351,8 @@ impl Drop for BlockData {
             (std::mem::take(&mut self.entries), std::mem::take(&mut self.ids));
         entries.clear();
         ids.clear();
-        home.take_back(|returned| {
-            if returned.tables.len() < SPARES {
-                returned.tables.push((entries, ids));
-            }
-        });
+        let more_than_enough = home.take_tables_back((entries, ids));
+        drop(more_than_enough);
     }
 }
 
@@ -596,7 +619,8 @@ impl BlockBuilder {
     fn held(&self) -> usize {
         let BlockData { run, text, binary, large, .. } = &self.data;
         let large: usize = large.iter().map(|large| large.bytes().len()).sum();
-        run.len() + text.len() + binary.len() + large
+        // What was moved out of a run left a gap of its size there.
+        run.len().max(text.len() + binary.len()) + large
     }
 
     /// Puts its messages into memory that is no larger than they are.
@@ -605,7 +629,7 @@ impl BlockBuilder {
     fn condense(&mut self) {
         let data = &self.data;
         let mut own = Self::new(data.connection, data.epoch, data.received_at);
-        let alike = data.binary.is_empty() && data.large.is_empty();
+        let alike = data.entries.iter().all(|entry| data.is_text(entry));
         own.reserve(data.entries.len(), if alike { self.bytes } else { 0 });
         for (at, entry) in data.entries.iter().enumerate() {
             let payload = data.payload_of(entry);
@@ -776,23 +800,78 @@ mod tests {
         assert!(spares.take(true).is_some_and(|spare| spare.bytes.is_empty()));
     }
 
+    /// A block on loan that took a buffer of this size along.
+    fn lend(spares: &Spares, size: usize) -> crate::message::Block {
+        let mut block = builder();
+        block.adopt(run(&[(false, &vec![1; size])], Some(spares.home())), 1).unwrap();
+        block.finish()
+    }
+
     #[test]
-    fn buffers_that_are_never_used_are_freed() {
+    fn buffers_that_are_not_used_are_freed_by_and_by() {
         let spares = Spares::default();
-        let lend = |size: usize| {
-            let mut block = builder();
-            block.adopt(run(&[(false, &vec![1; size])], Some(spares.home())), 1).unwrap();
-            block.finish()
-        };
         // Nine come back at once, but from then on two are in use.
-        drop((1..=9).map(lend).collect::<Vec<_>>());
-        for _ in 0..2 * TRIM {
+        let waiting = |spares: &Spares| spares.home.returned().buffers.len();
+        drop((1..=9).map(|size| lend(&spares, size)).collect::<Vec<_>>());
+        let mut counts = vec![waiting(&spares)];
+        for _ in 0..8 * TRIM {
             let (first, second) = (spares.take(false).unwrap(), spares.take(false).unwrap());
             let sizes = [first, second].map(|spare| spare.bytes.len() - 5);
             assert_eq!(sizes, [9, 8], "what was used last");
-            drop([8, 9].map(lend));
+            drop([8, 9].map(|size| lend(&spares, size)));
+            spares.count_run();
+            counts.push(waiting(&spares));
         }
-        assert_eq!([spare(&spares), spare(&spares), spare(&spares)], [14, 13, 0]);
+        counts.dedup();
+        assert_eq!(counts, [9, 5, 3, 2], "half of those that were not used, each time");
+        // Runs that take none: none is used.
+        (0..2 * TRIM).for_each(|_| spares.count_run());
+        assert_eq!(waiting(&spares), 0);
+    }
+
+    #[test]
+    fn few_buffers_are_on_loan_to_runs_that_do_not_fill_them() {
+        let spares = Spares::default();
+        let must = |_| spares.take(true).map(|_| lend(&spares, 1000)).unwrap();
+        let flood: Vec<_> = (0..100).map(must).collect();
+        drop(flood);
+        let mut held = Vec::new();
+        while let Some(spare) = spares.take(false) {
+            held.push(lend(&spares, spare.bytes.len() - 5));
+        }
+        assert_eq!(held.len(), SPARES, "as many as waited");
+        // One comes back, and another goes out; but not while a flood has many.
+        held.truncate(SPARES - 1);
+        let flood: Vec<_> = (0..100).map(must).collect();
+        assert_eq!(spares.take(false).map(drop), None);
+        drop(flood);
+        assert_eq!(spares.take(false).map(drop), Some(()));
+        assert_eq!(spares.take(false).map(drop), None, "sixteen are on loan");
+        held.clear();
+        assert_eq!(spares.take(false).map(drop), Some(()));
+    }
+
+    #[test]
+    fn of_large_buffers_few_wait() {
+        let spares = Spares::default();
+        drop((0..9).map(|_| lend(&spares, SPARE_BYTES / 2)).collect::<Vec<_>>());
+        assert_eq!(spares.home.returned().buffers.len(), 4);
+    }
+
+    #[test]
+    fn what_is_fresh_of_a_binary_run_takes_no_more_than_it_needs() {
+        let mut block = builder();
+        let payloads: Vec<_> = (0..20).map(|n| [n; 100]).collect();
+        let payloads: Vec<_> = payloads.iter().map(|payload| (false, &payload[..])).collect();
+        block.adopt(run(&payloads, None), 1).unwrap();
+        block.identify(|data| Some(MessageId::new(u128::from(data.as_bytes()[0]) + 1)));
+        block.retain(|ids, fresh| {
+            ids.iter().zip(fresh).for_each(|(id, fresh)| *fresh = *id == Some(MessageId::new(8)));
+        });
+        let (data, bytes) = block.build();
+        assert_eq!((bytes, data.bytes_of(&data.entries[0])), (100, &[7; 100][..]));
+        let (text, binary) = (data.text.capacity(), data.binary.capacity());
+        assert!(text == 0 && binary < 200 && data.run.is_empty(), "{text} {binary}");
     }
 
     #[test]

@@ -15,8 +15,10 @@ use crate::block::{BLANK, Entry, Run, Spares};
 /// What an idle connection's buffer shrinks to.
 const SMALL: usize = 1024;
 
-/// A run of so many bytes is copied, though a buffer waits.
+/// A run of so many bytes is copied, though a buffer waits, and so is one that is
+/// less than this part of the buffer: else little would hold much.
 const COPIED: usize = 4096;
+const COPIED_PART: usize = 8;
 
 /// Memory that a server's word for the length of a message is good for; what is
 /// larger grows with what arrives.
@@ -226,7 +228,11 @@ impl<S: Read> Feed<S> {
         if most {
             self.spares.get_or_insert_default();
         }
-        let spares = self.spares.as_ref().filter(|_| most || to - from > COPIED.max(rest));
+        if let Some(spares) = &self.spares {
+            spares.count_run();
+        }
+        let little = COPIED.max(rest).max(self.buffer.len() / COPIED_PART);
+        let spares = self.spares.as_ref().filter(|_| most || to - from > little);
         let Some((spare, home)) = spares.and_then(|s| Some((s.take(most)?, s.home()))) else {
             let bytes = self.buffer[from..to].to_vec();
             let entries = self.entries.drain(..).map(|entry| entry.moved(from)).collect();
@@ -526,26 +532,54 @@ mod tests {
 
     #[test]
     fn a_small_run_is_copied_unless_a_buffer_waits() {
-        let pieces = [2_900, 30_000, 2_900, 2_900].map(|len| frames(2, len));
-        let mut feed = Feed::new(Pieces(pieces.into()), Vec::new(), LARGEST, usize::MAX);
+        let ping = [vec![0x89, 0], frames(2, 5_000)].concat();
+        // Less of a message than there is before it, and more.
+        let (less, more) = (frames(1, 6_000), frames(1, 20_000));
+        let [some, large, little] = [5_000, 17_000, 2_000].map(|len| frames(2, len));
+        let pieces = [
+            &some[..],
+            &large,
+            &some,
+            &some,
+            &little,
+            &ping,
+            &[&some[..], &less[..5_000]].concat(),
+            &less[5_000..],
+            &[&some[..], &more[..12_000]].concat(),
+            &more[12_000..],
+        ];
+        let pieces = pieces.map(<[u8]>::to_vec).into();
+        let mut feed = Feed::new(Pieces(pieces), Vec::new(), 64 * 1024, usize::MAX);
+        feed.hold_pings(true);
         feed.make_room(64 * 1024);
-        let mut take = || {
-            assert!(feed.find_run(4096).is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock));
+        let mut take = |what: &str, count: usize, taken: bool| {
+            let blocked = |end: io::Result<()>| {
+                end.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+            };
+            if !blocked(feed.find_run(4096)) && feed.run_is_empty() {
+                assert!(matches!(feed.next(), Ok(Next::Ping { .. })), "{what}");
+                assert!(blocked(feed.find_run(4096)), "{what}");
+            }
             let (at, run) = (feed.buffer.as_ptr(), feed.take_run());
-            assert!(run.entries.iter().all(|entry| {
-                run.bytes[run.part.clone()][entry.range()].iter().all(|byte| *byte == b'x')
-            }));
-            (run.entries.len(), run.bytes.as_ptr() == at, run)
+            let bytes = &run.bytes[run.part.clone()];
+            let sound = |entry: &Entry| bytes[entry.range()].iter().all(|byte| *byte == b'x');
+            assert!(run.entries.iter().all(|entry| sound(entry)), "{what}");
+            assert_eq!((run.entries.len(), run.bytes.as_ptr() == at), (count, taken), "{what}");
+            let mut block = BlockBuilder::new(0, 1, crate::io::clock::Clock::real().now());
+            block.adopt(run, 1).unwrap();
+            block
         };
-        let [first, second, third] = [take(), take(), take()];
-        assert_eq!((first.0, first.1), (2, false), "none waits");
-        assert_eq!((second.0, second.1), (2, true), "it is most of the buffer");
-        assert_eq!((third.0, third.1), (2, false), "the other is still away");
-        let mut block = BlockBuilder::new(0, 1, crate::io::clock::Clock::real().now());
-        block.adopt(second.2, 1).unwrap();
+        drop(take("none waits", 2, false));
+        let block = take("it is most of the buffer", 2, true);
+        drop(take("the other is still away", 2, false));
         drop(block);
-        let fourth = take();
-        assert_eq!((fourth.0, fourth.1), (2, true), "one is back");
+        drop(take("one is back", 2, true));
+        drop(take("too little", 2, false));
+        drop(take("behind a ping", 2, true));
+        drop(take("more than what lies behind", 2, true));
+        drop(take("little, with a part that was moved", 1, false));
+        drop(take("less than what lies behind", 2, false));
+        drop(take("the whole", 1, true));
     }
 
     #[test]
