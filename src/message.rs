@@ -12,8 +12,8 @@ use crate::block::{BlockData, Entry, narrow};
 ///
 /// A handle of two words into a block of messages that arrived together: cheap
 /// to clone and to send to another thread. It keeps its whole block alive (up
-/// to a few hundred KiB, or a read buffer that is larger); a message that is kept for long should be
-/// [`into_owned`](Message::into_owned) first.
+/// to a few hundred KiB, or a read buffer that is larger); a message that is kept
+/// for long should be [`into_owned`](Message::into_owned) first.
 ///
 /// `Debug` never shows the payload.
 #[derive(Clone)]

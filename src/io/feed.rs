@@ -563,7 +563,7 @@ mod tests {
             let (at, run) = (feed.buffer.as_ptr(), feed.take_run());
             let bytes = &run.bytes[run.part.clone()];
             let sound = |entry: &Entry| bytes[entry.range()].iter().all(|byte| *byte == b'x');
-            assert!(run.entries.iter().all(|entry| sound(entry)), "{what}");
+            assert!(run.entries.iter().all(sound), "{what}");
             assert_eq!((run.entries.len(), run.bytes.as_ptr() == at), (count, taken), "{what}");
             let mut block = BlockBuilder::new(0, 1, crate::io::clock::Clock::real().now());
             block.adopt(run, 1).unwrap();
