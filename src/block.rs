@@ -32,7 +32,8 @@ const SPARES: usize = 16;
 /// Of large buffers no more wait than are so many bytes together, or four.
 const SPARE_BYTES: usize = 4 << 20;
 
-/// After so many runs, half of the buffers that none of them needed are freed.
+/// After so many looks for runs, half of the buffers that were not needed are
+/// freed, and all if none was.
 const TRIM: u32 = 256;
 
 /// When what is fresh in a block is less than half of it, that is copied, so that
@@ -157,8 +158,10 @@ struct Returned {
     tables: Vec<Tables>,
     /// Buffers that are on loan.
     lent: usize,
-    /// Runs since the last trim, and how many buffers waited at least.
-    runs: u32,
+    /// Looks for runs since the last trim, whether one took a buffer, and how many
+    /// waited at least.
+    looks: u32,
+    taken: bool,
     unused: usize,
     /// Nobody will take any.
     closed: bool,
@@ -174,14 +177,15 @@ impl Spares {
             return None;
         }
         returned.lent += 1;
+        returned.taken = true;
         let bytes = returned.buffers.pop().unwrap_or_default();
         returned.unused = returned.unused.min(returned.buffers.len());
         let (entries, ids) = returned.tables.pop().unwrap_or_default();
         Some(Spare { bytes, entries, ids })
     }
 
-    /// Counts a run, whatever it takes.
-    pub(crate) fn count_run(&self) {
+    /// Counts a look for a run, whatever it finds.
+    pub(crate) fn count_look(&self) {
         let unused = self.home.returned().trim();
         drop(unused);
     }
@@ -205,14 +209,17 @@ impl Returned {
     /// Now and then: some of the buffers that have not been used for long, which are
     /// the first ones.
     fn trim(&mut self) -> Vec<Vec<u8>> {
-        self.runs += 1;
-        if self.runs < TRIM {
+        self.looks += 1;
+        if self.looks < TRIM {
             return Vec::new();
         }
-        let unused = self.unused.min(self.buffers.len()).div_ceil(2);
+        let unused = match self.taken {
+            true => self.unused.min(self.buffers.len()).div_ceil(2),
+            false => self.buffers.len(),
+        };
         self.tables.drain(..unused.min(self.tables.len()));
         let unused = self.buffers.drain(..unused).collect();
-        (self.runs, self.unused) = (0, self.buffers.len());
+        (self.looks, self.taken, self.unused) = (0, false, self.buffers.len());
         unused
     }
 }
@@ -455,6 +462,8 @@ impl BlockBuilder {
     /// rest is text.
     fn move_binaries_out(&mut self, run: &mut [u8]) {
         let BlockData { entries, binary, .. } = &mut self.data;
+        let binaries = entries.iter().filter(|entry| !entry.is_text());
+        binary.reserve_exact(binaries.map(|entry| entry.len as usize).sum());
         for entry in entries.iter_mut().filter(|entry| !entry.is_text()) {
             let payload = &mut run[entry.range()];
             (entry.kind, entry.start) = (Kind::Binary, narrow(binary.len()));
@@ -489,6 +498,8 @@ impl BlockBuilder {
     /// itself.
     fn copy_texts_out(&mut self) -> Result<(), Utf8Error> {
         let BlockData { entries, run, text, .. } = &mut self.data;
+        let texts = entries.iter().filter(|entry| entry.is_text());
+        text.reserve_exact(texts.map(|entry| entry.len as usize).sum());
         for at in 0..entries.len() {
             let entry = &mut entries[at];
             if entry.is_text() {
@@ -620,7 +631,7 @@ impl BlockBuilder {
         let BlockData { run, text, binary, large, .. } = &self.data;
         let large: usize = large.iter().map(|large| large.bytes().len()).sum();
         // What was moved out of a run left a gap of its size there.
-        run.len().max(text.len() + binary.len()) + large
+        run.len() + text.len() + binary.len() + large
     }
 
     /// Puts its messages into memory that is no larger than they are.
@@ -629,8 +640,13 @@ impl BlockBuilder {
     fn condense(&mut self) {
         let data = &self.data;
         let mut own = Self::new(data.connection, data.epoch, data.received_at);
-        let alike = data.entries.iter().all(|entry| data.is_text(entry));
-        own.reserve(data.entries.len(), if alike { self.bytes } else { 0 });
+        let bytes_of = |kinds: [Kind; 2]| {
+            let those = data.entries.iter().filter(|entry| kinds.contains(&entry.kind));
+            those.map(|entry| entry.len as usize).sum()
+        };
+        own.data.entries.reserve_exact(data.entries.len());
+        own.data.text.reserve_exact(bytes_of([Kind::RunText, Kind::Text]));
+        own.data.binary.reserve_exact(bytes_of([Kind::RunBinary, Kind::Binary]));
         for (at, entry) in data.entries.iter().enumerate() {
             let payload = data.payload_of(entry);
             let id = data.ids.get(at).copied().flatten();
@@ -819,13 +835,15 @@ mod tests {
             let sizes = [first, second].map(|spare| spare.bytes.len() - 5);
             assert_eq!(sizes, [9, 8], "what was used last");
             drop([8, 9].map(|size| lend(&spares, size)));
-            spares.count_run();
+            spares.count_look();
             counts.push(waiting(&spares));
         }
         counts.dedup();
         assert_eq!(counts, [9, 5, 3, 2], "half of those that were not used, each time");
-        // Runs that take none: none is used.
-        (0..2 * TRIM).for_each(|_| spares.count_run());
+        // None is taken: they go together, though not at the first look.
+        (1..TRIM).for_each(|_| spares.count_look());
+        assert_eq!(waiting(&spares), 2);
+        spares.count_look();
         assert_eq!(waiting(&spares), 0);
     }
 
@@ -856,6 +874,21 @@ mod tests {
         let spares = Spares::default();
         drop((0..9).map(|_| lend(&spares, SPARE_BYTES / 2)).collect::<Vec<_>>());
         assert_eq!(spares.home.returned().buffers.len(), 4);
+    }
+
+    #[test]
+    fn what_is_moved_out_of_a_run_does_not_keep_its_buffer() {
+        for (first, others) in [(true, false), (false, true)] {
+            let spares = Spares::default();
+            let mut payloads = vec![(others, &[b'x'; 1000][..]); 100];
+            payloads.insert(0, (first, b"hello"));
+            let mut block = builder();
+            block.adopt(run(&payloads, Some(spares.home())), 1).unwrap();
+            let (data, bytes) = block.build();
+            assert_eq!((bytes, data.entries.len()), (100_005, 101));
+            assert!(data.text.capacity() + data.binary.capacity() < 101_000);
+            assert!(data.run.is_empty() && spare(&spares) > 100_000, "the buffer is back");
+        }
     }
 
     #[test]

@@ -316,8 +316,9 @@ impl ClientBuilder {
     }
 
     /// How many payload bytes the queue holds; a single block of messages may
-    /// exceed it. The memory behind them is up to twice as much, and for up to
-    /// sixteen blocks of each connection up to eight times. Defaults to 64 MiB.
+    /// exceed it. The memory behind a block is mostly that of its payload, and up to
+    /// four times as much where half of it was duplicates; small blocks, up to
+    /// sixteen for each connection, have a read buffer each. Defaults to 64 MiB.
     pub fn queue_bytes(mut self, bytes: usize) -> Self {
         self.queue_bytes = bytes;
         self

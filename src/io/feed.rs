@@ -122,6 +122,9 @@ impl<S: Read> Feed<S> {
     /// is none, what comes is [`next`](Self::next)'s to find.
     pub(super) fn find_run(&mut self, most: usize) -> io::Result<()> {
         self.entries.clear();
+        if let Some(spares) = &self.spares {
+            spares.count_look();
+        }
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
         }
@@ -227,9 +230,6 @@ impl<S: Read> Feed<S> {
         let most = (to - from) * 2 >= self.buffer.len() && self.buffer.len() > SMALL;
         if most {
             self.spares.get_or_insert_default();
-        }
-        if let Some(spares) = &self.spares {
-            spares.count_run();
         }
         let little = COPIED.max(rest).max(self.buffer.len() / COPIED_PART);
         let spares = self.spares.as_ref().filter(|_| most || to - from > little);
