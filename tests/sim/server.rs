@@ -67,6 +67,9 @@ pub(crate) struct Servers {
     pub(crate) socks: BTreeMap<usize, Server>,
     pub(crate) healed: bool,
     pub(crate) healed_at: u64,
+    /// Whether messages were ever sent out of their order, which outlasts the
+    /// healing: what waits for a slow consumer may be lost long after.
+    pub(crate) reordered: bool,
     pub(crate) max_message: usize,
     /// Messages that each socket has to begin with.
     pub(crate) openings: u64,
@@ -705,7 +708,9 @@ fn number_after(payload: &[u8], word: &str) -> Option<u64> {
 
 fn resume(k: &mut Kernel, sock: usize, at: u64) {
     let overlap = k.sv.rates.overlap;
-    let back = k.range(if k.sv.rates.reorder > 0.0 { 3 } else { 0 }, overlap + 4);
+    // The last message that came may have been sent before one that did not.
+    let reorders = k.sv.rates.reorder > 0.0 || k.sv.reordered;
+    let back = k.range(if reorders { 3 } else { 0 }, overlap + 4);
     let conn = k.sv.socks[&sock].conn;
     let server = k.sv.socks.get_mut(&sock).unwrap();
     if server.phase != Phase::Open || !server.waits {
@@ -767,6 +772,7 @@ fn pump_behind(k: &mut Kernel, sock: usize, mut segment: Vec<u8>) {
         if cursor <= head && k.chance(rates.reorder) {
             k.sv.socks.get_mut(&sock).unwrap().cursor += 1;
             segment.extend(message(k, conn, epoch, cursor));
+            k.sv.reordered = true;
             k.fault("reorder");
         }
         segment.extend(message(k, conn, epoch, next));
