@@ -2,6 +2,7 @@
 //! [`Request`] a connection is opened with.
 
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use tungstenite::{Bytes, Utf8Bytes};
@@ -348,6 +349,32 @@ impl Outgoing {
         Self(Body::Binary(bytes.into().into()), None)
     }
 
+    /// A binary message whose bytes stay where they are: in a buffer of a pool, in
+    /// a memory map, in an `Arc<[u8]>` that many connections send. Nothing is copied
+    /// to hand it over.
+    ///
+    /// `owner` is asked for its bytes once, and dropped as soon as the operating
+    /// system has taken the whole message: on the connection's thread, so that its
+    /// `Drop` must not block. A panic in it is contained and logged. A message that
+    /// comes back, in a [`SendError`](crate::SendError) or as unsent after a close,
+    /// has it still.
+    ///
+    /// # Panics
+    ///
+    /// If `owner` does when it is asked.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use broadsock::Outgoing;
+    ///
+    /// let shared: Arc<[u8]> = Arc::from(&b"to all of them"[..]);
+    /// let messages = [(); 3].map(|()| Outgoing::from_owner(Arc::clone(&shared)));
+    /// assert!(messages.iter().all(|message| message.as_bytes() == &*shared));
+    /// ```
+    pub fn from_owner(owner: impl AsRef<[u8]> + Send + 'static) -> Self {
+        Self(Body::Binary(Bytes::from_owner(Owner(Some(owner)))), None)
+    }
+
     /// The text, of a text message.
     #[must_use]
     pub fn as_text(&self) -> Option<&str> {
@@ -376,6 +403,26 @@ impl Outgoing {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+}
+
+/// What keeps a message's bytes. The last handle of it may be dropped anywhere.
+struct Owner<T>(Option<T>);
+
+impl<T: AsRef<[u8]>> AsRef<[u8]> for Owner<T> {
+    fn as_ref(&self) -> &[u8] {
+        self.0.as_ref().map_or(&[], T::as_ref)
+    }
+}
+
+impl<T> Drop for Owner<T> {
+    fn drop(&mut self) {
+        let owner = self.0.take();
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| drop(owner))) {
+            // Its own drop may panic, too.
+            std::mem::forget(panic);
+            log::error!(target: "broadsock", "the owner of a message's bytes panicked");
+        }
     }
 }
 
@@ -519,6 +566,24 @@ mod tests {
         assert_eq!(acts.sends.len(), 4 * MAX_SENDS + 1, "the excess is not kept");
         acts.go_back(before);
         assert!(!acts.ready && !acts.hold && acts.sends.len() == 3 * MAX_SENDS);
+    }
+
+    #[test]
+    fn a_panic_of_an_owner_is_contained() {
+        struct Bomb;
+        impl AsRef<[u8]> for Bomb {
+            fn as_ref(&self) -> &[u8] {
+                b"boom"
+            }
+        }
+        impl Drop for Bomb {
+            fn drop(&mut self) {
+                panic!("boom");
+            }
+        }
+        let messages = [Bomb, Bomb].map(Outgoing::from_owner);
+        assert_eq!(messages[1].as_bytes(), b"boom");
+        drop(messages);
     }
 
     #[test]

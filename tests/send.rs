@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use broadsock::crossbeam_channel::{self, bounded};
-use broadsock::testing::{Payload, Received, Script, Server};
+use broadsock::testing::{Payload, Received, Record, Script, Server};
 use broadsock::{
     BoxError, Client, Data, EventKind, Link, Outgoing, SendErrorReason, Sender, Session, WhileDown,
 };
@@ -126,6 +126,57 @@ mod leaving {
         client.sender().send("still here").unwrap();
         wait_text(&server, "still here");
         close(&client);
+    }
+
+    /// Bytes of a pool, which they go back to.
+    struct Lent(Vec<u8>, crossbeam_channel::Sender<Vec<u8>>);
+
+    impl AsRef<[u8]> for Lent {
+        fn as_ref(&self) -> &[u8] {
+            &self.0
+        }
+    }
+
+    impl Drop for Lent {
+        fn drop(&mut self) {
+            let _ = self.1.send(std::mem::take(&mut self.0));
+        }
+    }
+
+    #[test]
+    fn bytes_that_stay_where_they_are_are_let_go_once_they_are_written() {
+        let (pool, back) = bounded(1);
+        let server = serve([up()]);
+        let client = connect(builder(&server));
+        let mut bytes = b"0".to_vec();
+        for n in 1..=3 {
+            client.sender().send(Outgoing::from_owner(Lent(bytes, pool.clone()))).unwrap();
+            bytes = back.recv_timeout(LONG).expect("it is written");
+            bytes.push(b'0' + n);
+        }
+        let all = |record: &Record| record.stats.received == 3;
+        assert!(server.wait_for(all, LONG));
+        let received: Vec<_> = server.received().into_iter().map(|it| it.payload).collect();
+        let binary = |bytes: &str| Payload::Binary(bytes.as_bytes().to_vec());
+        assert_eq!(received, ["0", "01", "012"].map(binary));
+        close(&client);
+    }
+
+    #[test]
+    fn bytes_that_stay_where_they_are_are_kept_for_as_long_as_they_are_not_written() {
+        let (pool, back) = bounded(2);
+        let server = serve([up().stop_reading()]);
+        let client = connect(builder(&server));
+        let large = vec![7; 16 << 20];
+        client.sender().send(Outgoing::from_owner(Lent(large, pool.clone()))).unwrap();
+        let mut report = client.close(ms(100));
+        let refused = client.sender().send(Outgoing::from_owner(Lent(vec![8], pool)));
+        assert!(back.is_empty(), "the one was not written, the other refused");
+        assert_eq!(reason(refused).1.as_bytes(), [8]);
+        assert_eq!(back.try_recv(), Ok(vec![8]));
+        assert_eq!(report.unsent.pop().unwrap().len(), 16 << 20);
+        drop((report, client));
+        assert_eq!(back.recv_timeout(LONG).map(|large| large.len()), Ok(16 << 20));
     }
 
     fn size(n: u64) -> usize {

@@ -10,7 +10,7 @@ use broadsock::crossbeam_channel::bounded;
 use broadsock::testing::{Payload, Record, Server};
 use broadsock::{
     Batching, BoxError, Client, Data, Failure, Link, Message, Next, Outcome, Outgoing, Pipeline,
-    PipelineEvent, SendErrorReason, Session, SocketAcknowledger,
+    PipelineEvent, SendErrorReason, Sender, Session, SocketAcknowledger,
 };
 use common::{LONG, ms, quick, serve, text, upgrade};
 
@@ -139,6 +139,41 @@ fn what_waits_for_an_epoch_when_it_ends_is_discarded_and_counted() {
     assert!(connection.messages_discarded <= TIED);
     let report = client.close(LONG);
     assert!(report.unsent.is_empty(), "{:?}", report.unsent);
+}
+
+/// Owns a message's bytes, and sends when they are needed no more.
+struct Spokesman(Vec<u8>, Sender);
+
+impl AsRef<[u8]> for Spokesman {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Drop for Spokesman {
+    fn drop(&mut self) {
+        let _ = self.1.try_send("gone");
+    }
+}
+
+#[test]
+fn the_owner_of_a_message_that_is_discarded_may_send() {
+    let server = Server::script([upgrade().send("hello").stop_reading(), upgrade().send("again")])
+        .receive_buffer(4096)
+        .start()
+        .unwrap();
+    let client = quick(server.url()).outbox(1000).start().unwrap();
+    assert_eq!(text(&client), "hello");
+    for _ in 0..400 {
+        let owner = Spokesman(vec![b'x'; 64 * 1024], client.sender());
+        client.sender().try_send_in(1, Outgoing::from_owner(owner)).unwrap();
+    }
+    server.cut_all();
+    assert_eq!(text(&client), "again");
+    assert!(server.wait_for(|record| record.texts().any(|text| text == "gone"), LONG));
+    let discarded = client.metrics().connections[0].messages_discarded;
+    assert!((1..=400).contains(&discarded), "{discarded}");
+    client.close(LONG);
 }
 
 #[test]

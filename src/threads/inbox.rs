@@ -146,16 +146,21 @@ impl Inbox {
     pub(crate) fn end_epoch(&self) {
         let mut state = self.lock();
         state.epoch = None;
-        self.discard(&mut state);
+        let gone = self.discard(&mut state);
         drop(state);
         self.room.notify_all();
+        drop(gone);
     }
 
-    fn discard(&self, state: &mut State) {
-        let before = state.outbox.len();
-        state.outbox.retain(|Outgoing(_, only_in)| only_in.is_none());
+    /// The messages for one epoch alone. Programs may own their bytes and learn of
+    /// their end, and send then: that is to come after the lock is let go.
+    fn discard(&self, state: &mut State) -> VecDeque<Outgoing> {
+        let all = std::mem::take(&mut state.outbox).into_iter();
+        let (kept, gone) = all.partition(|Outgoing(_, only_in)| only_in.is_none());
+        state.outbox = kept;
         state.bytes = state.outbox.iter().map(Outgoing::len).sum();
-        self.discarded.add((before - state.outbox.len()) as u64);
+        self.discarded.add(gone.len() as u64);
+        gone
     }
 
     /// Puts a message into the outbox, which must have room.
@@ -235,11 +240,12 @@ impl Inbox {
     pub(crate) fn close(&self) -> Vec<Outgoing> {
         let mut state = self.lock();
         state.closed = true;
-        self.discard(&mut state);
+        let gone = self.discard(&mut state);
         state.bytes = 0;
         let left = state.outbox.drain(..).collect();
         drop(state);
         self.room.notify_all();
+        drop(gone);
         left
     }
 
