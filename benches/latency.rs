@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-use broadsock::{Backoff, Client, EventKind, Message, Overflow, Pipeline, State};
+use broadsock::{Backoff, Client, EventKind, Message, Outgoing, Overflow, Pipeline, State};
 use common::net::{self, Authority, LONG, Wire};
 use common::table::{Goal, Row, Table, Unit};
 use common::{Options, percentile};
@@ -83,6 +83,17 @@ enum Load {
     },
 }
 
+/// Of each round, what the messages sent in it took.
+#[derive(Default)]
+struct Sends {
+    /// How long the callers took.
+    calls: Vec<Times>,
+    /// Until the operating system had all of a message.
+    writes: Vec<Times>,
+    /// Until the server's program had it.
+    arrivals: Vec<Times>,
+}
+
 /// Microseconds, sorted.
 struct Times(Vec<f64>);
 
@@ -97,8 +108,8 @@ impl Times {
     }
 }
 
-/// Of a send under a flood.
-const FLOOD: &[Goal] = &[Goal::Below(20.0), Goal::Below(120.0)];
+/// What one write of the flood brings, about.
+const CHUNK: usize = 256 * 1024;
 
 /// Processors for the server, the connection, the thread that takes, and the sender.
 const ROOM: usize = 4;
@@ -169,43 +180,51 @@ impl Bench {
     // Sends.
 
     fn sends(&self, load: Load, count: usize) -> Vec<Row> {
-        let (mut bare, mut here) = ((Vec::new(), Vec::new()), (Vec::new(), Vec::new()));
+        let (mut bare, mut here) = (Sends::default(), Sends::default());
         for _ in 0..self.rounds {
             // A blocking loop that reads a flood cannot send.
             if load == Load::Idle {
-                let (call, wire) = self.send(load, count, false);
-                bare.0.push(call);
-                bare.1.push(wire);
+                self.send(load, count, false, &mut bare);
             }
-            let (call, wire) = self.send(load, count, true);
-            here.0.push(call);
-            here.1.push(wire);
+            self.send(load, count, true, &mut here);
         }
+        let room = ROOM <= processors();
         let [call, wire]: [&[Goal]; 2] = match load {
             Load::Idle => [&[Goal::Below(2.0)], &[Goal::Below(25.0), Goal::Below(70.0)]],
-            Load::Flood { taken: false } => [&[], FLOOD],
-            Load::Flood { taken: true } => [&[], if ROOM <= processors() { FLOOD } else { &[] }],
+            Load::Flood { taken } if room || !taken => {
+                [&[], &[Goal::Below(20.0), Goal::Below(120.0)]]
+            }
+            Load::Flood { .. } => [&[], &[]],
         };
-        let mut table = rows("the caller's time", &bare.0, &here.0, call);
-        table.extend(rows("until the server has it", &bare.1, &here.1, wire));
-        if load == (Load::Flood { taken: true }) && processors() < ROOM {
+        let mut table = rows("the caller's time", &bare.calls, &here.calls, call);
+        table.extend(rows("until it is written", &bare.writes, &here.writes, wire));
+        // One that floods is busy: when it gets to a message says nothing about the client.
+        if load == Load::Idle {
+            table.extend(rows("until the server has it", &bare.arrivals, &here.arrivals, wire));
+        }
+        if load == (Load::Flood { taken: true }) && !room {
             let note = "no goal with fewer processors than busy threads: they take turns";
             table.iter_mut().for_each(|row| row.note = note.to_owned());
         }
         table
     }
 
-    /// One message each millisecond; how long each call took, and how long each
-    /// message was on its way.
-    fn send(&self, load: Load, count: usize, here: bool) -> (Times, Times) {
+    /// One message each millisecond.
+    fn send(&self, load: Load, count: usize, here: bool, sends: &mut Sends) {
         let base = self.base;
         let (port, server) = net::serve(None, move |wire| hear(wire, base, load));
         let url = net::url(false, port, "");
-        let calls =
-            if here { send_here(&url, base, load, count) } else { send_bare(&url, base, count) };
+        let (calls, writes) = if here {
+            send_here(&url, base, load, count)
+        } else {
+            let calls = send_bare(&url, base, count);
+            (calls.clone(), calls)
+        };
         let arrivals = server.join().expect("the server does not fail");
-        assert_eq!(arrivals.len(), count, "every message arrives");
-        (Times::new(calls), Times::new(arrivals))
+        assert_eq!((writes.len(), arrivals.len()), (count, count), "every message arrives");
+        sends.calls.push(Times::new(calls));
+        sends.writes.push(Times::new(writes));
+        sends.arrivals.push(Times::new(arrivals));
     }
 
     // Ends.
@@ -355,46 +374,51 @@ fn read_pipeline(url: &str, base: Instant, count: usize) -> Vec<f64> {
 
 // Sends: the server, and who sends.
 
-/// Takes the client's messages the moment they are there, without sleeping, so
-/// that its own wake-up is not in their age; floods the client meanwhile.
-fn hear(mut wire: Wire, base: Instant, load: Load) -> Vec<f64> {
-    wire.socket().set_nonblocking(true).expect("a socket can be");
-    // Little at a time, so that it looks for messages often.
-    let flood: Vec<u8> = (0..125).flat_map(|_| net::frame(1, &[b'x'; 64])).collect();
-    let (mut written, mut times) = (0, Vec::new());
-    let (mut bytes, mut buf) = (Vec::new(), [0; 4096]);
+/// Takes the client's messages, and floods the client meanwhile if it is to; how
+/// long they were on their way.
+fn hear(wire: Wire, base: Instant, load: Load) -> Vec<f64> {
+    if load == Load::Idle {
+        return listen(wire, base, load);
+    }
+    let mut out = wire.socket().try_clone().expect("a socket can be");
+    out.set_write_timeout(Some(LONG)).expect("a socket can have one");
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let flood: Vec<u8> = net::frame(1, &[b'x'; 64]).repeat(CHUNK / 66);
+            // An error is the end of what the client takes.
+            while out.write_all(&flood).is_ok() {}
+        });
+        listen(wire, base, load)
+    })
+}
+
+/// Takes the client's messages until it closes: with an idle server the moment
+/// they are there, without sleeping, so that its own wake-up is not in their age.
+fn listen(mut wire: Wire, base: Instant, load: Load) -> Vec<f64> {
+    wire.socket().set_nonblocking(load == Load::Idle).expect("a socket can be");
+    let (mut bytes, mut buf, mut times) = (Vec::new(), [0; 4096], Vec::new());
     let until = Instant::now() + LONG;
     while Instant::now() < until {
-        let mut idle = true;
-        if load != Load::Idle
-            && let Ok(count) = wire.write(&flood[written..])
-        {
-            written = (written + count) % flood.len();
-            idle = false;
-        }
         match wire.read(&mut buf) {
             Ok(0) => break,
             Ok(count) => bytes.extend_from_slice(&buf[..count]),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                if idle {
-                    thread::yield_now();
-                }
-            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::yield_now(),
             Err(_) => break,
         }
         while let Some((opcode, payload)) = net::unmask(&mut bytes) {
             match opcode {
-                1 => times.push(age(&payload, base)),
-                8 => {
-                    // The last frame must be whole before a close can follow.
+                1 | 2 => times.push(age(&payload, base)),
+                8 if load == Load::Idle => {
                     wire.socket().set_nonblocking(false).expect("a socket can be");
-                    let at = if load != Load::Idle { written } else { 0 };
-                    let rest = (66 - at % 66) % 66;
-                    let _ = wire.write_all(&flood[at..at + rest]);
                     let _ = wire.write_all(&net::frame(8, &payload));
                     // A client waits for the server to end first.
                     let _ = wire.socket().shutdown(Shutdown::Write);
                     net::until_closed(&mut wire);
+                    return times;
+                }
+                // No close frame fits between what the flood writes.
+                8 => {
+                    let _ = wire.socket().shutdown(Shutdown::Both);
                     return times;
                 }
                 _ => {}
@@ -404,40 +428,73 @@ fn hear(mut wire: Wire, base: Instant, load: Load) -> Vec<f64> {
     times
 }
 
-/// Calls `send` with the time in a text of 64 bytes, once each millisecond.
-fn send_each(base: Instant, count: usize, mut send: impl FnMut(String)) -> Vec<f64> {
+/// Takes, for each of `count` messages one millisecond after the other, the time that
+/// `send` takes; a message is made of 64 bytes that begin with the time.
+fn send_each<M>(
+    base: Instant,
+    count: usize,
+    mut message: impl FnMut(String) -> M,
+    mut send: impl FnMut(M),
+) -> Vec<f64> {
     thread::sleep(Duration::from_millis(5));
     let call = |_| {
         thread::sleep(Duration::from_millis(1));
-        let text = format!("{:020}{:44}", base.elapsed().as_nanos(), ' ');
+        let message = message(format!("{:020}{:44}", base.elapsed().as_nanos(), ' '));
         let start = Instant::now();
-        send(text);
+        send(message);
         micros(start)
     };
     (0..count).map(call).collect()
 }
 
-fn send_here(url: &str, base: Instant, load: Load, count: usize) -> Vec<f64> {
+/// What is sent. Its end is noted: then the operating system has all of it.
+struct Sent {
+    text: String,
+    base: Instant,
+    ends: mpsc::Sender<f64>,
+}
+
+impl AsRef<[u8]> for Sent {
+    fn as_ref(&self) -> &[u8] {
+        self.text.as_bytes()
+    }
+}
+
+impl Drop for Sent {
+    fn drop(&mut self) {
+        let _ = self.ends.send(age(self.text.as_bytes(), self.base));
+    }
+}
+
+/// How long the calls took, and how long it was until each message was written.
+fn send_here(url: &str, base: Instant, load: Load, count: usize) -> (Vec<f64>, Vec<f64>) {
     let taken = load != Load::Flood { taken: false };
     let overflow = if taken { Overflow::Block } else { Overflow::DropNewest };
     let client = Client::builder(url).overflow(overflow).start().expect("the settings are sound");
     client.wait_connected(LONG).expect("the server accepts");
     let sender = client.sender();
-    thread::scope(|scope| {
+    let (ends, end) = mpsc::channel();
+    let message = |text| Outgoing::from_owner(Sent { text, base, ends: ends.clone() });
+    let calls = thread::scope(|scope| {
         if taken {
             scope.spawn(|| client.receiver().iter().for_each(drop));
         }
-        let times = send_each(base, count, |text| sender.send(text).expect("it is connected"));
+        let calls = send_each(base, count, message, |message| {
+            sender.send(message).expect("it is connected");
+        });
         // Sent before the close frame.
         client.close(Duration::from_secs(2));
-        times
-    })
+        calls
+    });
+    (calls, end.try_iter().collect())
 }
 
 /// A write on the caller's own thread: nothing is handed over, and nobody reads.
 fn send_bare(url: &str, base: Instant, count: usize) -> Vec<f64> {
     let mut client = net::bare(url, None).expect("the server accepts");
-    let times = send_each(base, count, |text| client.send(text.into()).expect("the server reads"));
+    let times = send_each(base, count, tungstenite::Message::from, |message| {
+        client.send(message).expect("the server reads");
+    });
     let _ = client.close(None);
     while client.read().is_ok() {}
     times
