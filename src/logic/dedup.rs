@@ -23,17 +23,21 @@ pub enum Processing {
 /// message failed, is accepted again; its place in the count stays used.
 ///
 /// Ids are taken as they are for hashes: they must be uniformly random to a
-/// peer that does not know the key, or it could crowd them into one line. 125 of
+/// peer that does not know the key, or it could crowd them into one line. 126 of
 /// their 128 bits are kept and compared.
 ///
 /// Acceptances are numbered, and the ids lie in a ring in this order: what is
 /// overwritten is what has outlived `capacity` others, and the processor writes
 /// ahead of use what is written in order. An index says at which numbers an id
 /// may be. It is all that is touched at random, and small, so that it stays in a
-/// cache: a slot of four bytes for each id, fifteen of them and a head in one
-/// line. A slot that says too much, because its id is long gone, does no harm: an
-/// id is where the ring has it. So nothing is swept, and slots are reused in turn.
-/// An id whose line is full of others that count goes to a small map.
+/// cache: a slot of four bytes for each id, sixteen of them in one line. A slot
+/// that says too much, because its id is long gone, does no harm: an id is where
+/// the ring has it. So nothing is swept.
+///
+/// A line is a queue: the slot of a fresh id goes in at its front, and the oldest
+/// one drops out. If that is of an id that counts still, it is kept in a small map.
+/// So what is there is older than all of its line, and no concern once the oldest
+/// slot of the line counts no more.
 ///
 /// Memory grows with use, to about 24 bytes for each id of the capacity (a third
 /// more with a time to live).
@@ -44,29 +48,29 @@ pub(crate) struct Dedup {
     ring: Vec<Key>,
     /// When each id was accepted, in nanoseconds; kept with a time to live only.
     times: Vec<u64>,
-    /// The acceptances of ids that found their lines full.
+    /// The slots of ids that dropped out of their lines while they counted; some
+    /// count no more.
     spill: HashMap<Key, u32, BuildHasherDefault<AsItIs>>,
     /// Where the next id goes in the ring.
     next: usize,
     /// Behind the id that was done last: messages are done in the order in which
     /// they were accepted, mostly.
     done_next: usize,
-    /// The number of the last acceptance, of as many bits as `numbers` has.
+    /// The number of the last acceptance, in the upper bits, as slots have it: there
+    /// it wraps around by itself.
     number: u32,
-    /// The bits of a slot that are a number; the others are of an id.
-    numbers: u32,
+    /// From one number to the next. The bits below are of ids.
+    step: u32,
     /// Acceptances that an id survives.
     capacity: u32,
-    /// The same where nothing else ends an id; with a time to live, more than any.
-    plain_capacity: u32,
     /// Nanoseconds that an id survives; `u64::MAX`, 584 years: for ever.
     ttl: u64,
     /// What times are counted from: the first acceptance.
     base: Option<Instant>,
 }
 
-/// Slots in one line; what is left of it is its head.
-const WAYS: usize = 15;
+/// Slots in one line.
+const WAYS: usize = 16;
 
 /// Ids of the window for each line, so that few lines are ever full.
 const LOAD: usize = 8;
@@ -77,40 +81,28 @@ const FIRST_LINES: usize = 16;
 /// The largest capacity: what numbers leave of 32 bits tells ids apart.
 const LARGEST: usize = 1 << 28;
 
-/// The bits of a line's head that say which slot is filled next. Those above
-/// count the ids of the line that have spilled.
-const TURN: u32 = 15;
-const ONE_SPILLED: u32 = TURN + 1;
-
 /// What is kept of an id, with flags for what is known about it. All zero: nothing.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Key {
+    /// Its low half is in its slot, as far as there is room.
     low: u64,
-    /// Its low half chooses the line.
+    /// Its high half chooses the line.
     high: u64,
 }
 
-/// It is an id.
-const HELD: u64 = 1 << 63;
-/// Its message was processed to success.
-const DONE: u64 = 1 << 62;
-/// Its number is in the spill, not in its line.
-const SPILLED: u64 = 1 << 61;
+// Low bits, and all of them set for a fresh id: that is one instruction, without a
+// constant in a register.
 
-/// One cache line: slots, each with the number of an acceptance and, in the bits
-/// above that, some of its id; last, the head.
+/// It is an id.
+const HELD: u64 = 1;
+/// Its message was not processed to success, so far.
+const IN_FLIGHT: u64 = 2;
+
+/// One cache line: slots, the newest first, each with the number of an acceptance
+/// and, in the bits below that, some of its id.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(align(64))]
-struct Line([u32; WAYS + 1]);
-
-/// Where an id is.
-#[derive(Debug, Clone, Copy)]
-struct Place {
-    /// In the ring.
-    at: usize,
-    /// Which slot of its line says so; `None`: the spill does.
-    way: Option<usize>,
-}
+struct Line([u32; WAYS]);
 
 impl Dedup {
     /// An empty window of `capacity` ids (at least one), each remembered for
@@ -118,6 +110,8 @@ impl Dedup {
     pub(crate) fn new(capacity: usize, ttl: Option<Duration>) -> Self {
         // It is no larger than that.
         let capacity = capacity.clamp(1, LARGEST) as u32;
+        // A slot drops out before numbers repeat, almost always.
+        let step = 1 << (u32::BITS - (capacity * 4).next_power_of_two().ilog2());
         Self {
             lines: Vec::new(),
             ring: Vec::new(),
@@ -126,11 +120,9 @@ impl Dedup {
             next: 0,
             done_next: 0,
             // A slot that was never filled has number zero, and counts no more.
-            number: capacity,
-            // A slot's turn comes before numbers repeat, almost always.
-            numbers: (capacity * 4).next_power_of_two() - 1,
+            number: capacity * step,
+            step,
             capacity,
-            plain_capacity: if ttl.is_some() { u32::MAX } else { capacity },
             ttl: ttl.map_or(u64::MAX, nanos),
             base: None,
         }
@@ -145,41 +137,44 @@ impl Dedup {
 
     /// Accepts ids in turn for as long as they are fresh and need no closer look: their
     /// messages are in flight from now on. Says how many they are; the next one is for
-    /// [`accept_next`](Self::accept_next) to judge. With a time to live, that is each.
+    /// [`accept_next`](Self::accept_next) to judge. With a time to live, that is each;
+    /// and zero, which may stand for no id, always is.
     #[inline]
     pub(crate) fn accept_usual(&mut self, ids: impl Iterator<Item = u128>) -> usize {
         if self.ttl != u64::MAX {
             return 0;
         }
-        // Most ids are unlike all others of their line, and take the place of one
-        // that counts no more: that much is decided in one branch, as nobody could
-        // predict several. What holds for all of them stays in registers.
-        let Self { lines, ring, numbers, plain_capacity, capacity, .. } = self;
-        let (lines, ring) = (lines.as_mut_slice(), ring.as_mut_slice());
-        let (numbers, oldest_that_counts, behind_last) =
-            (*numbers, *plain_capacity, *capacity as usize);
-        let (mut number, mut next, mut accepted) = (self.number, self.next, 0);
-        for id in ids {
+        // What holds for all ids stays in registers.
+        let lines = self.lines.as_mut_slice();
+        let (step, tags) = (self.step, self.step - 1);
+        let oldest_that_counts = (self.capacity - 1) * step;
+        // If it saw that this is the same, the compiler would compare in four steps
+        // for each vector, not in three.
+        let same_tags = std::hint::black_box(tags);
+        let (mut number, mut accepted) = (self.number, 0);
+        for (id, place) in ids.zip(&mut self.ring[self.next..]) {
             let key = Key::of(id);
-            let Some(oldest) = ring.get_mut(next) else { break };
-            let following = (number + 1) & numbers;
-            let index = key.index(lines.len());
-            let line = &mut lines[index];
-            let age = following.wrapping_sub(line.slot_in_turn()) & numbers;
-            let is_usual = (line.alike(key, numbers) == 0)
-                & !line.has_spilled()
-                & (age >= oldest_that_counts)
-                & !oldest.is(SPILLED);
-            if !is_usual {
+            let tag = key.tag(same_tags);
+            let Some(line) = lines.get_mut(key.index(lines.len())) else { break };
+            // Most ids are unlike all others of their line, and the oldest of it counts
+            // no more. It is read last, or the compiler would put its vector together of
+            // pieces. The bits below numbers make an age less, but not by a whole one.
+            if tag == 0
+                || line.alike(tag, tags) != 0
+                || number.wrapping_sub(line.oldest()) <= oldest_that_counts
+            {
                 break;
             }
-            *oldest = key;
-            line.fill_in_turn(key.slot(following, numbers));
-            number = following;
-            next = if next + 1 == behind_last { 0 } else { next + 1 };
+            number = number.wrapping_add(step);
+            line.push(number | tag);
+            *place = key;
             accepted += 1;
         }
-        (self.number, self.next) = (number, next);
+        self.number = number;
+        self.next += accepted;
+        if self.next == self.capacity as usize {
+            self.next = 0;
+        }
         accepted
     }
 
@@ -192,15 +187,13 @@ impl Dedup {
             self.grow();
         }
         let now = self.since_base(now);
-        if let Some(place) = self.find(key) {
-            if self.is_young(place.at, now) {
+        if let Some(at) = self.find(key) {
+            if self.is_young(at, now) {
                 return false;
             }
-            self.empty(key, place);
+            self.ring[at] = Key::default();
         }
-        let number = self.following();
-        self.enter(key, number, now);
-        self.step(number);
+        self.enter(key, now);
         true
     }
 
@@ -212,8 +205,8 @@ impl Dedup {
         if lines.is_empty() {
             return;
         }
-        let heads = ids.map(|id| lines[Key::of(id).index(lines.len())].head());
-        std::hint::black_box(heads.fold(0, |all, head| all ^ head));
+        let slots = ids.map(|id| lines[Key::of(id).index(lines.len())].oldest());
+        std::hint::black_box(slots.fold(0, |all, slot| all ^ slot));
     }
 
     /// The message was processed to success. Without effect on an id that is
@@ -222,10 +215,10 @@ impl Dedup {
         let at = if self.is_done_next(id) {
             self.done_next
         } else {
-            let Some(place) = self.find(Key::of(id)) else { return };
-            place.at
+            let Some(at) = self.find(Key::of(id)) else { return };
+            at
         };
-        self.ring[at].high |= DONE;
+        self.ring[at].high &= !IN_FLIGHT;
         self.done_next = self.behind(at);
     }
 
@@ -239,20 +232,19 @@ impl Dedup {
     /// The message failed: its redelivery shall be accepted. `true` if the id
     /// was held, which it may be for some time after it stopped to count.
     pub(crate) fn forget(&mut self, id: u128) -> bool {
-        let key = Key::of(id);
-        let place = self.find(key);
-        if let Some(place) = place {
-            self.empty(key, place);
+        let place = self.find(Key::of(id));
+        if let Some(at) = place {
+            self.ring[at] = Key::default();
         }
         place.is_some()
     }
 
     /// How far the message with this id got, if it is remembered at `now`.
     pub(crate) fn state(&self, id: u128, now: Instant) -> Option<Processing> {
-        let place = self.find(Key::of(id))?;
+        let at = self.find(Key::of(id))?;
         let now = self.base.map_or(0, |base| nanos(now.saturating_duration_since(base)));
-        self.is_young(place.at, now).then(|| {
-            if self.ring[place.at].is(DONE) { Processing::Done } else { Processing::InFlight }
+        self.is_young(at, now).then(|| {
+            if self.ring[at].is(IN_FLIGHT) { Processing::InFlight } else { Processing::Done }
         })
     }
 
@@ -279,31 +271,30 @@ impl Dedup {
         self.times.get(at).is_none_or(|accepted| now.saturating_sub(*accepted) < self.ttl)
     }
 
-    /// Where an id is, if it is one of the last `capacity`.
+    /// Where in the ring an id is, if it is one of the last `capacity`.
     #[inline]
-    fn find(&self, key: Key) -> Option<Place> {
+    fn find(&self, key: Key) -> Option<usize> {
         let line = self.lines.get(key.index(self.lines.len()))?;
-        let mut alike = line.alike(key, self.numbers) & !(1 << WAYS);
+        let tags = self.step - 1;
+        let is_there = |at: &usize| self.ring[*at].plain() == key;
+        let mut alike = line.alike(key.tag(tags), tags);
         while alike != 0 {
-            let way = alike.trailing_zeros() as usize;
-            if let Some(at) = self.place_of(line.0[way])
-                && self.ring[at].is_in_line(key)
-            {
-                return Some(Place { at, way: Some(way) });
+            let slot = line.0[alike.trailing_zeros() as usize];
+            let place = self.place_of(slot).filter(is_there);
+            if place.is_some() {
+                return place;
             }
             alike &= alike - 1;
         }
-        if !line.has_spilled() {
-            return None;
-        }
-        let at = self.place_of(*self.spill.get(&key)?)?;
-        Some(Place { at, way: None })
+        self.place_of(line.oldest())?;
+        self.place_of(*self.spill.get(&key)?).filter(is_there)
     }
 
     /// Where in the ring the acceptance is whose number a slot has, if it counts.
     #[inline]
     fn place_of(&self, slot: u32) -> Option<usize> {
-        let age = self.number.wrapping_sub(slot) & self.numbers;
+        let tags = self.step - 1;
+        let age = (self.number | tags).wrapping_sub(slot) / self.step;
         if age >= self.capacity {
             return None;
         }
@@ -313,100 +304,58 @@ impl Dedup {
         Some(at - back).filter(|at| *at < self.ring.len())
     }
 
-    /// The number of the next acceptance.
-    #[inline]
-    fn following(&self) -> u32 {
-        (self.number + 1) & self.numbers
-    }
-
-    /// The next place in the ring holds the acceptance of this number now.
-    #[inline]
-    fn step(&mut self, number: u32) {
-        self.number = number;
-        self.next = self.behind(self.next);
-    }
-
     /// The place behind one in the ring.
     #[inline]
     fn behind(&self, at: usize) -> usize {
         if at + 1 == self.capacity as usize { 0 } else { at + 1 }
     }
 
-    /// Puts a fresh id into the next place, and its number into its line or, if
-    /// that is full of others that count, into the spill.
-    fn enter(&mut self, key: Key, number: u32, now: u64) {
-        let oldest = self.ring[self.next];
-        if oldest.is(SPILLED) {
-            self.unspill(oldest.plain());
-        }
-        // It counts no more from here on.
+    /// Puts a fresh id into the next place, and its slot into its line.
+    fn enter(&mut self, key: Key, now: u64) {
+        // The oldest counts no more from here on.
         self.ring[self.next] = Key::default();
         if let Some(time) = self.times.get_mut(self.next) {
             *time = now;
         }
         let index = key.index(self.lines.len());
-        let slot = key.slot(number, self.numbers);
-        let flags = match self.free(index, now) {
-            Some(way) => {
-                // Too old to count: without a slot it would not be found when it
-                // comes again, and lie in the ring twice.
-                if let Some(old) = self.tenant(index, way) {
-                    self.ring[old] = Key::default();
-                }
-                self.lines[index].fill(way, slot);
-                0
+        let dropped = self.lines[index].oldest();
+        if let Some(at) = self.tenant(index, dropped) {
+            if self.is_young(at, now) {
+                self.spill(self.ring[at].plain(), dropped);
+            } else {
+                // Without a slot it would not be found when it comes again, and lie in
+                // the ring twice.
+                self.ring[at] = Key::default();
             }
-            None => {
-                self.lines[index].0[WAYS] += ONE_SPILLED;
-                self.spill.insert(key, number);
-                SPILLED
-            }
-        };
-        self.ring[self.next] = Key { high: key.high | flags, ..key };
-    }
-
-    /// A slot of the line that nothing which counts needs: the one whose turn it is,
-    /// if it is one.
-    fn free(&self, index: usize, now: u64) -> Option<usize> {
-        let turn = self.lines[index].turn();
-        (turn..WAYS).chain(0..turn).find(|way| !self.is_needed(index, *way, now))
-    }
-
-    /// Whether a slot says where an id is that counts.
-    fn is_needed(&self, index: usize, way: usize, now: u64) -> bool {
-        self.tenant(index, way).is_some_and(|at| self.is_young(at, now))
+        }
+        self.number = self.number.wrapping_add(self.step);
+        self.lines[index].push(self.number | key.tag(self.step - 1));
+        self.ring[self.next] = key;
+        self.next = self.behind(self.next);
     }
 
     /// Where in the ring the id is that a slot was filled for, if it is there.
-    fn tenant(&self, index: usize, way: usize) -> Option<usize> {
-        let slot = self.lines[index].0[way];
+    fn tenant(&self, index: usize, slot: u32) -> Option<usize> {
+        let tags = self.step - 1;
         self.place_of(slot).filter(|at| {
-            let key = self.ring[*at];
-            key.is(HELD)
-                && !key.is(SPILLED)
-                && key.index(self.lines.len()) == index
-                && key.slot(slot, self.numbers) == slot
+            let key = self.ring[*at].plain();
+            key.is(HELD) && key.index(self.lines.len()) == index && key.tag(tags) == slot & tags
         })
     }
 
-    /// What is there is no more.
-    fn empty(&mut self, key: Key, place: Place) {
-        self.ring[place.at] = Key::default();
-        match place.way {
-            Some(way) => {
-                let index = key.index(self.lines.len());
-                self.lines[index].0[way] = 0;
-            }
-            None => self.unspill(key),
-        }
-    }
-
+    /// Keeps the slot of an id that counts, and is in its line no more.
     #[cold]
-    fn unspill(&mut self, key: Key) {
-        if self.spill.remove(&key).is_some() {
-            let index = key.index(self.lines.len());
-            self.lines[index].0[WAYS] -= ONE_SPILLED;
+    fn spill(&mut self, key: Key, slot: u32) {
+        if self.spill.len() == self.spill.capacity() {
+            let mut spill = std::mem::take(&mut self.spill);
+            spill.retain(|key, slot| {
+                self.place_of(*slot).is_some_and(|at| self.ring[at].plain() == *key)
+            });
+            // Room for as many again, so that this is seldom done.
+            spill.reserve(spill.len().max(FIRST_LINES));
+            self.spill = spill;
         }
+        self.spill.insert(key, slot);
     }
 
     /// Makes the ring longer, and spreads its ids over twice as many lines.
@@ -423,35 +372,33 @@ impl Dedup {
         self.lines = vec![Line::default(); lines];
         self.spill.clear();
         // All of them were accepted one after the other.
-        let (end, last) = (self.next, self.number);
-        let mut number = last.wrapping_sub(end as u32) & self.numbers;
-        self.number = number;
+        let end = std::mem::take(&mut self.next);
+        self.number = self.number.wrapping_sub((end as u32).wrapping_mul(self.step));
         for at in 0..end {
-            self.next = at;
-            number = self.following();
             let key = self.ring[at];
             if key.is(HELD) {
-                let done = key.high & DONE;
                 let accepted = self.times.get(at).copied().unwrap_or(0);
-                self.ring[at] = Key::default();
-                self.enter(key.plain(), number, accepted);
-                self.ring[at].high |= done;
+                self.enter(key.plain(), accepted);
+                self.ring[at] = key;
+            } else {
+                self.number = self.number.wrapping_add(self.step);
+                self.next += 1;
             }
-            self.number = number;
         }
-        (self.next, self.number) = (end, last);
+        self.next = end;
     }
 }
 
 impl Key {
     #[inline]
     fn of(id: u128) -> Self {
-        Self { low: id as u64, high: (id >> 64) as u64 & (SPILLED - 1) | HELD }
+        Self { low: id as u64, high: (id >> 64) as u64 | HELD | IN_FLIGHT }
     }
 
-    /// The key alone.
+    /// The same before it was done.
+    #[inline]
     fn plain(self) -> Self {
-        Self { high: self.high & !(DONE | SPILLED), ..self }
+        Self { high: self.high | IN_FLIGHT, ..self }
     }
 
     #[inline]
@@ -459,77 +406,41 @@ impl Key {
         self.high & flag != 0
     }
 
-    /// Whether this is the other, and its line has its number.
-    #[inline]
-    fn is_in_line(self, key: Key) -> bool {
-        (self.low, self.high & !DONE) == (key.low, key.high)
-    }
-
-    /// Its line among so many: as 31 of its bits lie among all.
+    /// Its line among so many: as 32 of its bits lie among all.
     #[inline]
     fn index(self, lines: usize) -> usize {
-        (((self.high & (u32::MAX >> 1) as u64) * lines as u64) >> 31) as usize
+        (((self.high >> 32) * lines as u64) >> 32) as usize
     }
 
-    /// What a line has of it, and of its acceptance's number.
+    /// What its slot has of it.
     #[inline]
-    fn slot(self, number: u32, numbers: u32) -> u32 {
-        self.low as u32 & !numbers | number & numbers
+    fn tag(self, tags: u32) -> u32 {
+        self.low as u32 & tags
     }
 }
 
 impl Line {
-    /// Which slots have the same bits of an id as this one: a bit for each, and one
-    /// for the head, which seldom looks like it by accident.
+    /// Which slots have this tag: a bit for each.
     #[inline]
-    fn alike(&self, key: Key, numbers: u32) -> u32 {
-        let wanted = key.slot(0, numbers);
+    fn alike(&self, tag: u32, tags: u32) -> u32 {
         let mut alike = 0;
-        // Without the head, this would be no loop over whole vectors.
         for (way, slot) in self.0.iter().enumerate() {
-            alike |= u32::from(slot & !numbers == wanted) << way;
+            alike |= u32::from(slot & tags == tag) << way;
         }
         alike
     }
 
     #[inline]
-    fn head(&self) -> u32 {
-        self.0[WAYS]
+    fn oldest(&self) -> u32 {
+        self.0[WAYS - 1]
     }
 
+    /// Puts a slot in front of all others. Moving those costs less than to know whose
+    /// turn it is.
     #[inline]
-    fn has_spilled(&self) -> bool {
-        self.head() >= ONE_SPILLED
-    }
-
-    /// Which slot is filled next.
-    #[inline]
-    fn turn(&self) -> usize {
-        (self.head() & TURN) as usize
-    }
-
-    #[inline]
-    fn slot_in_turn(&self) -> u32 {
-        self.0[self.turn()]
-    }
-
-    /// Fills the slot whose turn it is, in a line of which nothing has spilled.
-    #[inline]
-    fn fill_in_turn(&mut self, slot: u32) {
-        let turn = self.turn();
-        self.0[turn] = slot;
-        self.0[WAYS] = if turn + 1 < WAYS { turn as u32 + 1 } else { 0 };
-    }
-
-    /// Fills a slot, the turn of which has come or not.
-    fn fill(&mut self, way: usize, slot: u32) {
-        if way != self.turn() {
-            self.0[way] = slot;
-            return;
-        }
-        let spilled = self.head() & !TURN;
-        self.fill_in_turn(slot);
-        self.0[WAYS] |= spilled;
+    fn push(&mut self, slot: u32) {
+        self.0.copy_within(..WAYS - 1, 1);
+        self.0[0] = slot;
     }
 }
 
@@ -758,7 +669,7 @@ mod tests {
         }
         assert_eq!((window.len(), window.ring.len()), (1000, 1000));
         assert!(window.lines.len() <= 128 && window.times.is_empty());
-        assert!(window.spill.len() < 30, "{} spilled", window.spill.len());
+        assert!(window.spill.capacity() < 60, "room for {} spilled", window.spill.capacity());
         assert_eq!((size_of::<Line>(), size_of::<Key>()), (64, 16));
     }
 
@@ -790,7 +701,7 @@ mod tests {
         for (capacity, bits) in
             [(0, 2), (1, 2), (2, 3), (3, 4), (100_000, 19), (LARGEST, 30), (LARGEST + 1, 30)]
         {
-            assert_eq!(Dedup::new(capacity, None).numbers, (1 << bits) - 1, "{capacity}");
+            assert_eq!(Dedup::new(capacity, None).step, 1 << (32 - bits), "{capacity}");
         }
     }
 
@@ -802,7 +713,7 @@ mod tests {
             now += Duration::from_millis(20);
             assert!(window.accept(spread(id), now));
         }
-        assert!(window.spill.len() < 30, "{} spilled", window.spill.len());
+        assert!(window.spill.capacity() < 60, "room for {} spilled", window.spill.capacity());
     }
 
     /// Ids of one line, however many there are; most of them are unlike each other.
@@ -816,7 +727,7 @@ mod tests {
         let mut window = Dedup::new(1 << 20, Some(secs(10)));
         assert!(window.accept(same(0), start));
         // They share its line until there are more, and take its slot.
-        let beside = |n: u128| same(n) | 1 << (64 + 27);
+        let beside = |n: u128| same(n) | 1 << (96 + 28);
         assert!((1..=15).all(|n| window.accept(beside(n), later)));
         assert!(window.accept(same(0), later), "too old to count");
         let lines = window.lines.len();
@@ -828,7 +739,7 @@ mod tests {
     fn an_id_that_came_back_after_its_time_is_done_where_it_counts() {
         let (start, later) = (some_instant(), some_instant() + secs(20));
         let mut window = Dedup::new(100, Some(secs(10)));
-        let before = u128::from(u32::MAX >> 1) << 64;
+        let before = u128::MAX;
         assert!(window.accept(before, start) && window.accept(same(0), start));
         assert!((1..40).all(|n| window.accept(same(n), later)));
         assert!(window.accept(same(0), later));
@@ -841,8 +752,8 @@ mod tests {
     fn numbers_may_wrap_around() {
         let now = some_instant();
         let mut window = Dedup::new(50, None);
-        let start = window.numbers - 30;
-        window.number = start;
+        window.number = window.step.wrapping_mul(0_u32.wrapping_sub(30));
+        let start = window.number;
         for id in 0..200 {
             assert!(window.accept(spread(id), now), "{id}");
             assert!(!window.accept(spread(id.saturating_sub(48)), now), "{id}");
@@ -854,9 +765,9 @@ mod tests {
     fn an_empty_slot_is_of_no_id_whichever_number_is_next() {
         let now = some_instant();
         // Both look like it; they are far apart.
-        let (id, other) = (0, u128::from(u32::MAX >> 1) << 64);
+        let (id, other) = (0, u128::from(u32::MAX) << 96);
         let window = Dedup::new(300, None);
-        for first in 0..=window.numbers {
+        for first in (0..=u32::MAX).step_by(window.step as usize) {
             let mut window = window.clone();
             window.number = first;
             assert!(window.accept(id, now) && window.ring.len() < 300);
@@ -868,10 +779,10 @@ mod tests {
     #[test]
     fn a_slot_whose_number_came_again_does_no_harm() {
         let now = some_instant();
-        let numbers = u128::from(Dedup::new(20, None).numbers) + 1;
+        let numbers = (1 << 32) / u128::from(Dedup::new(20, None).step);
         // Others elsewhere, until those slots say of others that they are there; and
         // of such as look like their own.
-        let elsewhere = |n: u128| same((n + 10) % numbers) | u128::from(u32::MAX >> 1) << 64;
+        let elsewhere = |n: u128| same((n + 10) % numbers) | u128::from(u32::MAX) << 96;
         for others in 20..numbers + 20 {
             let mut window = Dedup::new(20, None);
             assert!((0..10).all(|id| window.accept(same(id), now)));
@@ -888,18 +799,36 @@ mod tests {
     }
 
     #[test]
-    fn a_line_counts_what_it_spilled() {
+    fn what_drops_out_of_its_line_is_spilled_while_it_counts() {
         let now = some_instant();
         let mut window = Dedup::new(40, None);
-        for id in 0..40 {
-            assert!(window.accept(same(id), now));
+        assert!((0..40).all(|id| window.accept(same(id), now)));
+        assert_eq!(window.spill.len(), 24);
+        assert!((0..24).all(|id| window.spill.contains_key(&Key::of(same(id)))));
+        assert!((0..40).all(|id| !window.accept(same(id), now)));
+        for id in (0..40).step_by(3) {
+            assert!(window.forget(same(id)) && !window.forget(same(id)), "{id}");
+            assert!(window.accept(same(id), now) && !window.accept(same(id), now), "{id}");
         }
-        assert_eq!((window.spill.len(), window.lines[0].head() / ONE_SPILLED), (25, 25));
-        for id in 15..40 {
-            assert!(window.lines[0].has_spilled() && window.forget(same(id)), "{id}");
-        }
-        assert!(window.spill.is_empty() && !window.lines[0].has_spilled());
-        assert!((0..15).all(|id| !window.accept(same(id), now)));
+    }
+
+    #[test]
+    fn what_was_forgotten_is_not_spilled() {
+        let now = some_instant();
+        let mut window = Dedup::new(40, None);
+        assert!((0..16).all(|id| window.accept(same(id), now)) && window.forget(same(3)));
+        assert!((16..32).all(|id| window.accept(same(id), now)));
+        assert!(window.spill.len() == 15 && window.accept(same(3), now));
+        assert!(window.forget(same(5)) && !window.forget(same(5)), "its slot is left behind");
+        assert!(window.accept(same(5), now) && !window.accept(same(5), now));
+    }
+
+    #[test]
+    fn the_spill_is_swept_before_it_grows() {
+        let now = some_instant();
+        let mut window = Dedup::new(40, None);
+        assert!((0..10_000).all(|id| window.accept(same(id), now)));
+        assert!(window.spill.capacity() < 100, "room for {} spilled", window.spill.capacity());
     }
 
     #[test]
@@ -912,67 +841,36 @@ mod tests {
     }
 
     #[test]
-    fn an_emptied_slot_makes_room_though_its_number_is_one_that_counts() {
-        let now = some_instant();
-        // As an emptied slot has it: number zero, and nothing of an id.
-        let like_empty = 1 << 70;
-        for forgets in [&[like_empty][..], &[same(3)], &[same(3), like_empty]] {
-            let mut window = Dedup::new(40, None);
-            window.number = window.numbers - 15;
-            assert!((0..15).all(|id| window.accept(same(id), now)));
-            assert!(window.accept(like_empty, now) && window.number == 0);
-            assert_eq!(window.spill.len(), 1);
-            assert!(forgets.iter().all(|id| window.forget(*id)));
-            let spilled = window.spill.len();
-            let room = forgets.iter().filter(|id| **id != like_empty).count();
-            assert!(window.accept(same(15), now));
-            assert_eq!(window.spill.len(), spilled + 1 - room, "{forgets:?}");
-        }
-    }
-
-    #[test]
     fn what_spilled_finds_its_line_when_the_window_grows() {
         let now = some_instant();
         let mut window = Dedup::new(1 << 20, None);
         // They share a line of eight, and no line of more; others are elsewhere.
-        let id = |n: u128| same(n) | (n % 2) << (64 + 27);
-        let other = |n: u128| spread(n) | 1 << (64 + 30);
+        let id = |n: u128| same(n) | (n % 2) << (96 + 28);
+        let other = |n: u128| spread(n) | 1 << (96 + 31);
         assert!((0..40).all(|n| window.accept(id(n), now)));
-        let spilled = |window: &Dedup| {
-            let heads = window.lines.iter().map(|line| line.head() / ONE_SPILLED);
-            (window.lines.len(), window.spill.len(), heads.sum::<u32>())
-        };
-        assert_eq!(spilled(&window), (8, 25, 25));
+        assert_eq!((window.lines.len(), window.spill.len()), (8, 24));
         assert!((0..40).all(|n| window.accept(other(n), now)));
-        assert_eq!(spilled(&window), (16, 10, 10));
+        assert_eq!((window.lines.len(), window.spill.len()), (16, 8));
         assert!((0..40).all(|n| !window.accept(id(n), now) && window.forget(id(n))));
-        assert_eq!(spilled(&window), (16, 0, 0));
     }
 
     #[test]
-    fn a_line_fills_its_slots_in_turn() {
+    fn a_line_is_a_queue() {
         let mut line = Line::default();
-        for slot in 1..=20 {
-            line.fill_in_turn(slot);
-        }
-        let slots: Vec<u32> = (16..=20).chain(6..=15).collect();
-        assert_eq!((&line.0[..WAYS], line.turn()), (&slots[..], 5));
-        line.0[WAYS] += 3 * ONE_SPILLED;
-        line.fill(7, 99);
-        assert_eq!((line.0[7], line.turn(), line.head() / ONE_SPILLED), (99, 5, 3));
-        line.fill(5, 98);
-        assert_eq!((line.0[5], line.turn(), line.head() / ONE_SPILLED), (98, 6, 3));
+        (1..=20).for_each(|slot| line.push(slot));
+        let slots: Vec<u32> = (5..=20).rev().collect();
+        assert_eq!((&line.0[..], line.oldest()), (&slots[..], 5));
     }
 
     #[test]
     fn slots_are_alike_by_what_numbers_leave_of_an_id() {
-        let numbers = 0x000f_ffff;
-        let (key, other) = (Key::of(0x1234_5678), Key::of(0x1244_5678));
-        let mut line = Line([key.slot(7, numbers); WAYS + 1]);
-        (line.0[3], line.0[14], line.0[WAYS]) = (other.slot(7, numbers), 0, 5);
-        assert_eq!(line.alike(key, numbers), 0x7fff & !(1 << 3 | 1 << 14));
-        assert_eq!(line.alike(other, numbers), 1 << 3);
-        assert_eq!(line.alike(Key::of(0x0004_5678), numbers), 1 << 14 | 1 << WAYS, "and the head");
+        let tags = 0x1fff;
+        let (key, other) = (Key::of(0x1234_5678), Key::of(0x1234_4678));
+        let mut line = Line([0x000f_e000 | key.tag(tags); WAYS]);
+        (line.0[3], line.0[14]) = (0x000e_0000 | other.tag(tags), 0);
+        assert_eq!(line.alike(key.tag(tags), tags), 0xffff & !(1 << 3 | 1 << 14));
+        assert_eq!(line.alike(other.tag(tags), tags), 1 << 3);
+        assert_eq!(line.alike(Key::of(0x5678_e000).tag(tags), tags), 1 << 14);
     }
 
     #[test]
@@ -998,7 +896,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_of_one_line_are_kept_apart_and_leave_the_spill() {
+    fn ids_of_one_line_are_kept_apart() {
         let now = some_instant();
         let mut window = Dedup::new(40, None);
         for round in 0..3 {
@@ -1015,16 +913,12 @@ mod tests {
                 assert!(window.accept(same(n), now), "{n}");
             }
         }
-        assert!(window.spill.len() <= 40 && !window.spill.is_empty());
-        for id in 0..1000 {
-            window.accept(spread(id), now);
-        }
-        let left = |key: &Key| key.high == HELD;
-        assert!(!window.spill.keys().any(left), "none of those has stayed");
+        assert!(!window.spill.is_empty());
     }
 
     /// The same promises kept in the plainest way: the last `capacity`
     /// acceptances in order, a forgotten one as a hole.
+    #[derive(Debug)]
     struct Model {
         capacity: usize,
         ttl: Option<Duration>,
@@ -1032,6 +926,10 @@ mod tests {
     }
 
     impl Model {
+        fn of(window: &Dedup, ttl: Option<Duration>) -> Self {
+            Self { capacity: window.capacity as usize, ttl, last: VecDeque::new() }
+        }
+
         fn find(&mut self, id: u128) -> Option<&mut Option<(u128, Instant, Processing)>> {
             self.last.iter_mut().rev().find(|slot| slot.is_some_and(|(seen, ..)| seen == id))
         }
@@ -1076,7 +974,7 @@ mod tests {
             let ttl = ttl.map(secs);
             let mut now = some_instant();
             let mut window = Dedup::new(capacity, ttl);
-            let mut model = Model { capacity, ttl, last: VecDeque::new() };
+            let mut model = Model::of(&window, ttl);
             for (step, id, wait) in steps {
                 let known = model.state(id, now).is_some();
                 match step {
@@ -1095,7 +993,7 @@ mod tests {
                 for id in 0..24 {
                     prop_assert_eq!(window.state(id, now), model.state(id, now), "id {}", id);
                 }
-                prop_assert!(window.ring.len() <= capacity && window.spill.len() <= capacity);
+                prop_assert!(window.ring.len() <= capacity);
             }
         }
     }
@@ -1104,25 +1002,33 @@ mod tests {
     /// a few low ones: so some paths through the table are as likely as others.
     fn crowded() -> impl Strategy<Value = u128> {
         (0u128..20, 0u128..5).prop_map(|(high, low)| {
-            let high = (high * 0x0666_6666) & 0x7fff_ffff;
-            (high << 64) | (low * 0x2aaa_aaab)
+            let high = (high * 0x0ccc_cccc) & 0xffff_ffff;
+            (high << 96) | (low * 0x2aaa_aaab)
+        })
+    }
+
+    /// A window, the numbers of which wrap around soon or not, and its model.
+    fn window() -> impl Strategy<Value = (Dedup, Model)> {
+        let number = prop_oneof![Just(0u32), 1u32..1000];
+        (1usize..300, prop::option::of(1u64..40), number).prop_map(|(capacity, ttl, before)| {
+            let ttl = ttl.map(secs);
+            let mut window = Dedup::new(capacity, ttl);
+            window.number = window.number.wrapping_sub(before.wrapping_mul(window.step));
+            let model = Model::of(&window, ttl);
+            (window, model)
         })
     }
 
     proptest! {
         #[test]
         fn ids_are_judged_together_as_they_are_one_by_one(
-            capacity in 1usize..300,
-            ttl in prop::option::of(1u64..40),
-            first in prop_oneof![Just(0u32), 1u32..5000],
+            (mut alone, _) in window(),
             groups in prop::collection::vec(
                 (prop::collection::vec(crowded(), 1..40), crowded(), 0u64..6),
                 1..20,
             ),
         ) {
             let mut now = some_instant();
-            let mut alone = Dedup::new(capacity, ttl.map(secs));
-            alone.number = (alone.number + first) & alone.numbers;
             let mut together = alone.clone();
             for (ids, failed, wait) in groups {
                 let mut fresh = Vec::new();
@@ -1147,16 +1053,10 @@ mod tests {
     proptest! {
         #[test]
         fn the_window_is_exact_whichever_path_an_id_takes(
-            capacity in 1usize..300,
-            ttl in prop::option::of(1u64..40),
-            first in prop_oneof![Just(0u32), 1u32..5000],
+            (mut window, mut model) in window(),
             steps in prop::collection::vec((0u8..40, crowded(), 0u64..6), 1..600),
         ) {
-            let ttl = ttl.map(secs);
             let mut now = some_instant();
-            let mut window = Dedup::new(capacity, ttl);
-            window.number = (window.number + first) & window.numbers;
-            let mut model = Model { capacity, ttl, last: VecDeque::new() };
             for (step, id, wait) in steps {
                 match step {
                     0 => now += secs(wait),
@@ -1172,12 +1072,9 @@ mod tests {
                     _ => prop_assert_eq!(window.accept(id, now), model.accept(id, now)),
                 }
                 prop_assert_eq!(window.state(id, now), model.state(id, now), "id {:x}", id);
-                prop_assert!(window.len() <= capacity && window.ring.len() <= capacity);
-                for (index, line) in window.lines.iter().enumerate() {
-                    let spilled = window.spill.keys().filter(|key| {
-                        key.index(window.lines.len()) == index
-                    });
-                    prop_assert_eq!(line.head() / ONE_SPILLED, spilled.count() as u32);
+                prop_assert!(window.ring.len() <= model.capacity);
+                for (at, key) in window.ring.iter().enumerate().filter(|(_, key)| key.is(HELD)) {
+                    prop_assert_eq!(window.find(key.plain()), Some(at), "once, and found");
                 }
             }
         }

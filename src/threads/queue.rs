@@ -150,11 +150,12 @@ impl Queue {
         if let Some(dedup) = &mut intake.dedup {
             let mut without = 0;
             block.retain(|ids, fresh| {
-                dedup.touch(ids.iter().flatten().map(|id| id.to_u128()));
+                // Zero, which is no id, is never usual.
+                let hash = |id: &Option<MessageId>| id.map_or(0, MessageId::to_u128);
+                dedup.touch(ids.iter().map(hash));
                 let mut at = 0;
                 while at < ids.len() {
-                    let next = ids[at..].iter().map_while(|id| id.map(MessageId::to_u128));
-                    at += dedup.accept_usual(next);
+                    at += dedup.accept_usual(ids[at..].iter().map(hash));
                     match ids.get(at) {
                         Some(Some(id)) => fresh[at] = dedup.accept_next(id.to_u128(), now),
                         Some(None) => without += 1,
