@@ -109,7 +109,7 @@ fn nanos_grouped(ids: &[u128], here: &mut Dedup, now: Instant) -> f64 {
     let start = Instant::now();
     let mut right = 0;
     for group in ids.chunks(64) {
-        here.touch(group.iter().copied());
+        here.touch(group, |id| *id);
         let mut at = 0;
         while at < group.len() {
             let usual = here.accept_usual(group[at..].iter().copied());

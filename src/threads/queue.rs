@@ -152,7 +152,7 @@ impl Queue {
             block.retain(|ids, fresh| {
                 // Zero, which is no id, is never usual.
                 let hash = |id: &Option<MessageId>| id.map_or(0, MessageId::to_u128);
-                dedup.touch(ids.iter().map(hash));
+                dedup.touch(ids, hash);
                 let mut at = 0;
                 while at < ids.len() {
                     at += dedup.accept_usual(ids[at..].iter().map(hash));
@@ -312,7 +312,7 @@ impl Queue {
             // Their lines were touched long ago: the waits for them overlap. Of those
             // in the order of their arrival no line is needed.
             if !(success && dedup.is_done_next(group[0])) {
-                dedup.touch(group[..count].iter().copied());
+                dedup.touch(&group[..count], |id| *id);
             }
             for id in &group[..count] {
                 if success {

@@ -30,8 +30,8 @@ impl Dedup {
         self.0.accept_usual(ids)
     }
 
-    pub(crate) fn touch(&self, ids: impl Iterator<Item = u128>) {
-        self.0.touch(ids);
+    pub(crate) fn touch<I>(&self, ids: &[I], hash: impl Fn(&I) -> u128) {
+        self.0.touch(ids, hash);
     }
 
     pub(crate) fn done(&mut self, id: u128) {
