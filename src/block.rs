@@ -40,8 +40,8 @@ const TRIM: u32 = 256;
 /// a few messages do not keep the memory of many.
 const SPARSE: usize = 2;
 
-/// Messages that are judged together.
-const GROUP: usize = 64;
+/// Messages that are judged together: a bit for each.
+const GROUP: usize = u64::BITS as usize;
 
 /// What stands between texts in a buffer, where the heads of frames were: any
 /// character of one byte will do, as it can neither end nor continue another.
@@ -581,25 +581,23 @@ impl BlockBuilder {
         entries.push(Entry { kind, start: narrow(start), len: narrow(len), sequence });
     }
 
-    /// Keeps only the messages that `judge` finds fresh, a group at a time: it is
-    /// shown their ids, where they have one, and says `false` of the others.
-    pub(crate) fn retain(&mut self, mut judge: impl FnMut(&[Option<MessageId>], &mut [bool])) {
+    /// Drops the messages that `judge` finds to be duplicates, a group at a time: it is
+    /// shown their ids, where they have one, and sets the bits of those to drop, the
+    /// lowest for the first.
+    pub(crate) fn retain(&mut self, mut judge: impl FnMut(&[Option<MessageId>]) -> u64) {
         let BlockData { entries, ids, large, .. } = &mut self.data;
         ids.resize(entries.len(), None);
-        let mut verdicts = [true; GROUP];
         let (mut kept, mut dropped) = (0, 0);
         for from in (0..entries.len()).step_by(GROUP) {
-            let group = GROUP.min(entries.len() - from);
-            let verdicts = &mut verdicts[..group];
-            verdicts.fill(true);
-            judge(&ids[from..from + group], verdicts);
+            let group = from..entries.len().min(from + GROUP);
+            let duplicates = judge(&ids[group.clone()]);
             // Mostly all are fresh, and stay where they are.
-            if kept == from && verdicts.iter().fold(true, |all, fresh| all & *fresh) {
-                kept += group;
+            if kept == from && duplicates == 0 {
+                kept = group.end;
                 continue;
             }
-            for (at, fresh) in (from..).zip(verdicts) {
-                if !*fresh {
+            for at in group {
+                if duplicates >> (at - from) & 1 != 0 {
                     dropped += len_of(large, &entries[at]);
                     continue;
                 }
@@ -738,6 +736,16 @@ mod tests {
         let told =
             |message: Message| (message.is_text(), message.to_vec(), message.metadata().sequence);
         block.finish().map(told).collect()
+    }
+
+    /// Judges each message by itself: `true` if it is fresh.
+    fn unless(
+        mut is_fresh: impl FnMut(Option<MessageId>) -> bool,
+    ) -> impl FnMut(&[Option<MessageId>]) -> u64 {
+        move |ids| {
+            let bits = ids.iter().enumerate().map(|(at, id)| u64::from(!is_fresh(*id)) << at);
+            bits.fold(0, |all, bit| all | bit)
+        }
     }
 
     #[test]
@@ -898,9 +906,7 @@ mod tests {
         let payloads: Vec<_> = payloads.iter().map(|payload| (false, &payload[..])).collect();
         block.adopt(run(&payloads, None), 1).unwrap();
         block.identify(|data| Some(MessageId::new(u128::from(data.as_bytes()[0]) + 1)));
-        block.retain(|ids, fresh| {
-            ids.iter().zip(fresh).for_each(|(id, fresh)| *fresh = *id == Some(MessageId::new(8)));
-        });
+        block.retain(unless(|id| id == Some(MessageId::new(8))));
         let (data, bytes) = block.build();
         assert_eq!((bytes, data.bytes_of(&data.entries[0])), (100, &[7; 100][..]));
         let (text, binary) = (data.text.capacity(), data.binary.capacity());
@@ -935,9 +941,7 @@ mod tests {
             number += 1;
             Some(MessageId::new(number))
         });
-        block.retain(|ids, fresh| {
-            ids.iter().zip(fresh).for_each(|(id, fresh)| *fresh = *id == Some(MessageId::new(8)));
-        });
+        block.retain(unless(|id| id == Some(MessageId::new(8))));
         assert_eq!((block.len(), block.bytes()), (1, 100));
         let mut block = block.finish();
         assert!(spare(&spares) >= 2000, "while the message is still there");
@@ -959,9 +963,7 @@ mod tests {
             }
         }
         block.push(Payload::Text("fresh"), 3001, Some(MessageId::new(2)));
-        block.retain(|ids, fresh| {
-            ids.iter().zip(fresh).for_each(|(id, fresh)| *fresh = *id == Some(MessageId::new(2)));
-        });
+        block.retain(unless(|id| id == Some(MessageId::new(2))));
         let (data, bytes) = block.build();
         assert_eq!((bytes, data.text.capacity() < 100, data.binary.capacity()), (100_005, true, 0));
         assert_eq!((data.large.len(), data.ids.len()), (1, 2));
@@ -979,12 +981,11 @@ mod tests {
             block.push(Payload::Text("x"), n, Some(MessageId::new(u128::from(n) + 1)));
         }
         let mut asked = Vec::new();
-        block.retain(|ids, fresh| {
-            for (id, fresh) in ids.iter().flatten().zip(fresh) {
-                asked.push(id.to_u128() as u64 - 1);
-                *fresh = id.to_u128() % 3 == 0;
-            }
-        });
+        block.retain(unless(|id| {
+            let number = id.map_or(0, MessageId::to_u128) as u64;
+            asked.push(number - 1);
+            number.is_multiple_of(3)
+        }));
         assert_eq!(asked, (0..200).collect::<Vec<_>>());
         let kept: Vec<u64> = messages(block).into_iter().map(|(.., n)| n).collect();
         assert_eq!(kept, (0..200).filter(|n| n % 3 == 2).collect::<Vec<_>>());
@@ -1032,13 +1033,7 @@ mod tests {
                 assert_eq!((data.as_bytes(), matches!(data, Data::Text(_))), (&bytes[..], *text));
                 (n % 3 > 0).then(|| MessageId::new(n as u128))
             });
-            block.retain(|ids, verdicts| {
-                for (id, verdict) in ids.iter().zip(verdicts) {
-                    if let Some(id) = id {
-                        *verdict = fresh[id.to_u128() as usize - 1];
-                    }
-                }
-            });
+            block.retain(unless(|id| id.is_none_or(|id| fresh[id.to_u128() as usize - 1])));
             let left: Vec<_> = expected
                 .iter()
                 .filter(|(.., n)| (n - 4) % 3 == 0 || fresh[*n as usize - 5])

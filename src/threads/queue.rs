@@ -149,20 +149,23 @@ impl Queue {
         let all = block.len();
         if let Some(dedup) = &mut intake.dedup {
             let mut without = 0;
-            block.retain(|ids, fresh| {
+            block.retain(|ids| {
                 // Zero, which is no id, is never usual.
                 let hash = |id: &Option<MessageId>| id.map_or(0, MessageId::to_u128);
                 dedup.touch(ids, hash);
-                let mut at = 0;
+                let (mut at, mut duplicates) = (0, 0);
                 while at < ids.len() {
                     at += dedup.accept_usual(ids[at..].iter().map(hash));
                     match ids.get(at) {
-                        Some(Some(id)) => fresh[at] = dedup.accept_next(id.to_u128(), now),
+                        Some(Some(id)) => {
+                            duplicates |= u64::from(!dedup.accept_next(id.to_u128(), now)) << at;
+                        }
                         Some(None) => without += 1,
                         None => {}
                     }
                     at += 1;
                 }
+                duplicates
             });
             self.without_id.add(without);
         }

@@ -60,7 +60,7 @@ impl BlockBuilder {
         self.0.last()
     }
 
-    pub(crate) fn retain(&mut self, judge: impl FnMut(&[Option<MessageId>], &mut [bool])) {
+    pub(crate) fn retain(&mut self, judge: impl FnMut(&[Option<MessageId>]) -> u64) {
         self.0.retain(judge);
     }
 
