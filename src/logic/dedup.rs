@@ -753,6 +753,17 @@ mod tests {
     }
 
     #[test]
+    fn zero_is_never_usual() {
+        let now = some_instant();
+        let mut window = Dedup::new(300, None);
+        assert!(window.accept(spread(1), now));
+        let ids = [spread(2), spread(3), 0, spread(4)];
+        assert_eq!(window.accept_usual(ids.into_iter()), 2);
+        assert_eq!(window.accept_usual(ids[3..].iter().copied()), 1);
+        assert!(window.accept(0, now) && !window.accept(0, now));
+    }
+
+    #[test]
     fn numbers_may_wrap_around() {
         let now = some_instant();
         let mut window = Dedup::new(50, None);
@@ -1003,11 +1014,13 @@ mod tests {
     }
 
     /// An id of one of a few `high` parts, most of which share no line, and one of
-    /// a few low ones: so some paths through the table are as likely as others.
+    /// a few low ones, or of more in one line: so some paths through the table are as
+    /// likely as others.
     fn crowded() -> impl Strategy<Value = u128> {
-        (0u128..20, 0u128..5).prop_map(|(high, low)| {
+        let parts = prop_oneof![2 => (0u128..20, 0u128..5), 1 => (Just(7), 0u128..40)];
+        parts.prop_map(|(high, low)| {
             let high = (high * 0x0ccc_cccc) & 0xffff_ffff;
-            (high << 96) | (low * 0x2aaa_aaab)
+            (high << 96) | ((low * 0x2aaa_aaab) & 0xffff_ffff)
         })
     }
 
