@@ -116,6 +116,10 @@ pub(crate) struct Run {
     pub(crate) part: Range<usize>,
     /// Where in that part the messages are.
     pub(crate) entries: Vec<Entry>,
+    /// All are texts, or all are binary.
+    pub(crate) alike: bool,
+    /// Payload bytes of all.
+    pub(crate) payload: usize,
     /// Room for their ids.
     pub(crate) ids: Vec<Option<MessageId>>,
     /// Who wants the memory back.
@@ -265,6 +269,9 @@ impl Drop for Loan {
 }
 
 impl Entry {
+    /// What is to be written over.
+    pub(crate) const NONE: Self = Self { kind: Kind::RunText, start: 0, len: 0, sequence: 0 };
+
     /// A message of a run, the one with this number in it.
     pub(crate) fn in_run(text: bool, start: usize, len: usize, number: usize) -> Self {
         let kind = if text { Kind::RunText } else { Kind::RunBinary };
@@ -273,9 +280,9 @@ impl Entry {
 
     /// The same, of a short one: buffers and their counts fit into 32 bits.
     #[inline]
-    pub(crate) fn short(text: bool, start: usize, len: u8, number: usize) -> Self {
+    pub(crate) fn short(text: bool, start: usize, len: usize, number: usize) -> Self {
         let kind = if text { Kind::RunText } else { Kind::RunBinary };
-        Self { kind, start: start as u32, len: u32::from(len), sequence: number as u32 }
+        Self { kind, start: start as u32, len: len as u32, sequence: number as u32 }
     }
 
     /// The same in a buffer that begins `cut` bytes later.
@@ -290,7 +297,8 @@ impl Entry {
 
     /// Where the payload is in the memory it lies in.
     pub(crate) fn range(self) -> Range<usize> {
-        self.start as usize..(self.start + self.len) as usize
+        // Wide enough that the sum is seen not to overflow.
+        self.start as usize..self.start as usize + self.len as usize
     }
 }
 
@@ -326,6 +334,12 @@ impl BlockData {
             Kind::RunBinary | Kind::Binary => false,
             Kind::Large => matches!(self.large[entry.start as usize], Large::Text(_)),
         }
+    }
+
+    /// Whether it is a text, and its bytes.
+    #[inline(never)]
+    fn lies(&self, entry: &Entry) -> (bool, &[u8]) {
+        (self.is_text(entry), self.bytes_of(entry))
     }
 
     fn data_of(&self, entry: &Entry) -> Data<'_> {
@@ -440,11 +454,11 @@ impl BlockBuilder {
     /// messages before it are taken.
     pub(crate) fn adopt(&mut self, run: Run, first: u64) -> Result<(), Utf8Error> {
         debug_assert!(self.data.entries.is_empty(), "a run begins a block");
-        let Run { mut bytes, part, entries, ids, home } = run;
+        let Run { mut bytes, part, entries, alike, payload, ids, home } = run;
         self.data.base = first;
         (self.data.entries, self.data.ids) = (entries, ids);
         let texts = self.data.entries.first().is_some_and(|entry| entry.is_text());
-        if texts {
+        if texts && !alike {
             self.move_binaries_out(&mut bytes[part.clone()]);
         }
         self.data.home.clone_from(&home);
@@ -453,8 +467,15 @@ impl BlockBuilder {
             None => bytes.into(),
         };
         self.data.run = bytes.slice(part);
-        let checked = if texts { self.check_texts() } else { self.copy_texts_out() };
-        self.bytes = self.data.entries.iter().map(|entry| entry.len as usize).sum();
+        let checked = match texts {
+            true => self.check_texts(),
+            false if alike => Ok(()),
+            false => self.copy_texts_out(),
+        };
+        self.bytes = match checked {
+            Ok(()) => payload,
+            Err(_) => self.data.entries.iter().map(|entry| entry.len as usize).sum(),
+        };
         checked
     }
 
@@ -531,16 +552,15 @@ impl BlockBuilder {
     pub(crate) fn identify_bytes(&mut self, mut id: impl FnMut(bool, &[u8]) -> Option<MessageId>) {
         let mut ids = std::mem::take(&mut self.data.ids);
         ids.clear();
-        ids.reserve(self.data.entries.len());
         let run = &self.data.run[..];
-        for entry in &self.data.entries {
+        // In one place, as a closure is not copied into two.
+        ids.extend(self.data.entries.iter().map(|entry| {
             let (text, bytes) = match entry.kind {
                 Kind::RunText => (true, &run[entry.range()]),
-                Kind::RunBinary => (false, &run[entry.range()]),
-                _ => (self.data.is_text(entry), self.data.bytes_of(entry)),
+                _ => self.data.lies(entry),
             };
-            ids.push(id(text, bytes));
-        }
+            id(text, bytes)
+        }));
         self.data.ids = ids;
     }
 
@@ -724,7 +744,9 @@ mod tests {
         }
         let part = before.len()..bytes.len();
         bytes.extend(behind);
-        Run { bytes, part, entries, ids: Vec::new(), home }
+        let alike = payloads.windows(2).all(|two| two[0].0 == two[1].0);
+        let payload = payloads.iter().map(|(_, payload)| payload.len()).sum();
+        Run { bytes, part, entries, alike, payload, ids: Vec::new(), home }
     }
 
     /// How large the next spare buffer is; 0 if there is none.

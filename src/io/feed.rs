@@ -28,6 +28,9 @@ const TRUSTED: usize = 64 << 20;
 /// for a queue that is bounded in bytes.
 const RUN_BYTES: usize = 256 * 1024;
 
+/// Messages that are entered together.
+const GROUP: usize = 32;
+
 /// The opcode of a close frame (RFC 6455, section 5.2).
 const CLOSE: u8 = 8;
 
@@ -46,6 +49,9 @@ pub(super) struct Feed<S> {
     /// its entry says.
     run: usize,
     entries: Vec<Entry>,
+    /// Whether they are of one kind, and the bytes of their heads.
+    alike: bool,
+    heads: usize,
     /// Buffers to go on with while blocks keep theirs; from the first of these on.
     spares: Option<Spares>,
     /// The buffer may grow to this.
@@ -102,6 +108,8 @@ impl<S: Read> Feed<S> {
             end,
             run: 0,
             entries: Vec::new(),
+            alike: true,
+            heads: 0,
             spares: None,
             largest,
             passed: 0,
@@ -122,6 +130,7 @@ impl<S: Read> Feed<S> {
     /// is none, what comes is [`next`](Self::next)'s to find.
     pub(super) fn find_run(&mut self, most: usize) -> io::Result<()> {
         self.entries.clear();
+        (self.alike, self.heads) = (true, 0);
         if let Some(spares) = &self.spares {
             spares.count_look();
         }
@@ -165,50 +174,82 @@ impl<S: Read> Feed<S> {
     /// Enters the whole messages that are in the buffer; whether more bytes may
     /// bring another.
     fn walk(&mut self, most: usize) -> bool {
-        let buffer = &mut self.buffer[..self.end];
-        let mut at = self.start;
         let enough = self.run + RUN_BYTES;
-        // The common head of all by itself: two bytes.
-        let short = self.limit.min(125) as u8;
-        let may_go_on = loop {
+        let mut group = [Entry::NONE; GROUP];
+        loop {
+            self.walk_alike(most, enough, &mut group);
+            let at = self.start;
             if self.entries.len() >= most || at >= enough {
-                break false;
+                return false;
             }
-            if let Some(frame) = buffer.get_mut(at..)
-                && let [first @ (WHOLE_TEXT | WHOLE_BINARY), len, payload @ ..] = frame
-                && *len <= short
-            {
-                let (text, len) = (*first == WHOLE_TEXT, *len);
-                if usize::from(len) > payload.len() {
-                    break true;
-                }
-                (frame[0], frame[1]) = (BLANK, BLANK);
-                self.entries.push(Entry::short(text, at + 2, len, self.entries.len()));
-                at += 2 + usize::from(len);
-                continue;
-            }
+            let buffer = &mut self.buffer[..self.end];
             match head(&buffer[at..]) {
                 Head::Whole { text, header, payload } if payload <= self.limit as u64 => {
                     if payload > (buffer.len() - at - header) as u64 {
-                        break true;
+                        return true;
                     }
                     let start = at + header;
                     // It is not longer than the buffer.
                     let len = payload as usize;
-                    // Two bytes, almost always: cheaper than a call that fills them.
-                    (buffer[at], buffer[at + 1]) = (BLANK, BLANK);
-                    if header > 2 {
-                        buffer[at + 2..start].fill(BLANK);
-                    }
+                    buffer[at..start].fill(BLANK);
+                    self.alike &= self.entries.first().is_none_or(|e| e.is_text() == text);
+                    self.heads += header;
                     self.entries.push(Entry::in_run(text, start, len, self.entries.len()));
-                    at = start + len;
+                    self.start = start + len;
                 }
-                Head::Short => break true,
-                _ => break false,
+                Head::Short => return true,
+                _ => return false,
             }
-        };
+        }
+    }
+
+    /// The same for the most common of them, in a loop that has little to ask:
+    /// messages of one kind and up to 64 KiB, as long as they end before there is
+    /// `enough`. They are entered a `group` at a time: to push each would ask each
+    /// time whether there is room.
+    fn walk_alike(&mut self, most: usize, enough: usize, group: &mut [Entry; GROUP]) {
+        let stop = enough.min(self.end);
+        let Some(mut rest) = self.buffer.get_mut(self.start..stop) else { return };
+        let text = rest.first() == Some(&WHOLE_TEXT);
+        let whole = if text { WHOLE_TEXT } else { WHOLE_BINARY };
+        // What two bytes of head may say, and what four.
+        let short = self.limit.min(125) as u8;
+        let long = self.limit.min(usize::from(u16::MAX)) as u16;
+        let before = self.entries.len();
+        let (mut at, mut number, mut longs) = (self.start, before, 0);
+        loop {
+            let first = number;
+            for entry in &mut group[..GROUP.min(most - first)] {
+                let bytes = std::mem::take(&mut rest);
+                let cut = match *bytes {
+                    [first, len, ..] if first == whole && len <= short => {
+                        blank::<2>(bytes, len.into())
+                    }
+                    [first, 126, high, low, ..]
+                        if first == whole && u16::from_be_bytes([high, low]) <= long =>
+                    {
+                        let cut = blank::<4>(bytes, u16::from_be_bytes([high, low]).into());
+                        longs += usize::from(cut.is_some());
+                        cut
+                    }
+                    _ => break,
+                };
+                let Some((head, len, behind)) = cut else { break };
+                *entry = Entry::short(text, at + head, len, number);
+                at += head + len;
+                number += 1;
+                rest = behind;
+            }
+            self.entries.extend_from_slice(&group[..number - first]);
+            if number - first < GROUP {
+                break;
+            }
+        }
+        if number > before {
+            self.alike &= self.entries[0].is_text() == text;
+        }
         self.start = at;
-        may_go_on
+        self.heads += 2 * (number - before) + 2 * longs;
     }
 
     /// The messages that [`find_run`](Self::find_run) found, while they are still in
@@ -225,6 +266,7 @@ impl<S: Read> Feed<S> {
     /// it, and what waits is used by those that come.
     pub(super) fn take_run(&mut self) -> Run {
         let (from, to) = (self.run, self.start);
+        let (alike, payload) = (self.alike, to - from - self.heads);
         let rest = self.end - to;
         self.run = to;
         let most = (to - from) * 2 >= self.buffer.len() && self.buffer.len() > SMALL;
@@ -236,7 +278,8 @@ impl<S: Read> Feed<S> {
         let Some((spare, home)) = spares.and_then(|s| Some((s.take(most)?, s.home()))) else {
             let bytes = self.buffer[from..to].to_vec();
             let entries = self.entries.drain(..).map(|entry| entry.moved(from)).collect();
-            return Run { bytes, part: 0..to - from, entries, ids: Vec::new(), home: None };
+            let (part, ids) = (0..to - from, Vec::new());
+            return Run { bytes, part, entries, alike, payload, ids, home: None };
         };
         if from > 0 {
             self.entries.iter_mut().for_each(|entry| *entry = entry.moved(from));
@@ -247,7 +290,7 @@ impl<S: Read> Feed<S> {
         let bytes = std::mem::replace(&mut self.buffer, next);
         (self.start, self.end, self.run) = (0, rest, 0);
         let entries = std::mem::replace(&mut self.entries, spare.entries);
-        Run { bytes, part: from..to, entries, ids: spare.ids, home: Some(home) }
+        Run { bytes, part: from..to, entries, alike, payload, ids: spare.ids, home: Some(home) }
     }
 
     /// Finds what comes next, reading as needed; an error may be `WouldBlock`.
@@ -431,6 +474,15 @@ impl<S: Read> Feed<S> {
         }
         Ok(self.large.take().map(|large| Next::Large { text: large.text, payload: large.payload }))
     }
+}
+
+/// Blanks the head of a frame, if all of the frame is there; how long the head is,
+/// the payload, and what lies behind that.
+#[inline(always)]
+fn blank<const HEAD: usize>(bytes: &mut [u8], len: usize) -> Option<(usize, usize, &mut [u8])> {
+    let (frame, behind) = bytes.split_at_mut_checked(HEAD + len)?;
+    frame[..HEAD].fill(BLANK);
+    Some((HEAD, len, behind))
 }
 
 impl<S: Read> Read for Feed<S> {

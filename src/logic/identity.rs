@@ -1,7 +1,5 @@
 //! The identity of a message: a keyed 128-bit hash.
 
-use std::sync::Arc;
-
 use twox_hash::XxHash3_128;
 use xxhash_rust::xxh3::xxh3_128_with_secret;
 
@@ -14,35 +12,34 @@ pub(crate) const KEY: usize = 192;
 /// those, by a third at 1 KiB and by half at 16 KiB; the other with all below.
 const SHORT: usize = 240;
 
-const SPREAD: u128 = 0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835;
-
 /// Hashes ids, under a key that a peer does not know: it cannot craft two
 /// messages of one identity. 128 bits make accidents impossible in practice
 /// (among 10^9 ids, with a chance of 10^-20).
 #[derive(Clone)]
 pub(crate) struct Identity {
-    /// Shared by all connections.
-    key: Arc<[u8; KEY]>,
+    // By itself in each copy, of which a connection has one: behind a pointer, it
+    // would be looked for once more for each message.
+    key: [u8; KEY],
 }
 
 impl Identity {
     /// `key` must be drawn at random for each process.
     pub(crate) fn new(key: [u8; KEY]) -> Self {
-        Self { key: Arc::new(key) }
+        Self { key }
     }
 
     /// The identity of `id`; `kind` keeps apart what is equal in bytes only.
     // A call for each message would cost a fifth of what the hash itself does.
     #[inline(always)]
     pub(crate) fn of(&self, kind: u8, id: &[u8]) -> MessageId {
-        let hash = if id.len() <= SHORT {
-            xxh3_128_with_secret(id, &*self.key)
-        } else {
-            hash_long(id, &self.key)
+        let hash = match id.len() {
+            // The same as below: a copy that knows the length has no questions left.
+            33..=64 => xxh3_128_with_secret(id, &self.key),
+            0..=SHORT => xxh3_128_with_secret(id, &self.key),
+            _ => hash_long(id, &self.key),
         };
-        // An odd factor spreads the few kinds over all bits; which one it is does
-        // not matter, as the hash is not known outside.
-        MessageId::new(hash ^ u128::from(kind).wrapping_mul(SPREAD))
+        // Nothing but the kinds of one id need be kept apart: the hash is spread already.
+        MessageId::new(hash ^ u128::from(kind))
     }
 }
 
@@ -88,7 +85,7 @@ mod tests {
         let a = identity(1);
         let id: Vec<u8> = (0..70_000_u32).map(|n| (n * 31 / 8) as u8).collect();
         for len in (0..1500).chain([4096, 16_384, 65_537, 70_000]) {
-            let hash = xxh3_128_with_secret(&id[..len], &*a.key);
+            let hash = xxh3_128_with_secret(&id[..len], &a.key);
             assert_eq!(a.of(0, &id[..len]), MessageId::new(hash), "{len}");
         }
     }

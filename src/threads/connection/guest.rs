@@ -174,7 +174,8 @@ impl Gather<'_> {
         match &self.ids.source {
             IdSource::Off => {}
             IdSource::Content => {
-                self.block.identify_bytes(|text, bytes| Some(self.ids.content(text, bytes)));
+                let ids = self.ids;
+                self.block.identify_bytes(|text, bytes| Some(ids.content(text, bytes)));
             }
             IdSource::Pointer(pointer) => self.find_pointed(pointer),
             _ => self.find_all(),
