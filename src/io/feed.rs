@@ -217,31 +217,54 @@ impl<S: Read> Feed<S> {
         let long = self.limit.min(usize::from(u16::MAX)) as u16;
         let before = self.entries.len();
         let (mut at, mut number, mut longs) = (self.start, before, 0);
+        // The length of all messages of the last group, if they were short and it was
+        // one: then where the next ones begin is known before their heads are read.
+        let mut same = None;
         loop {
-            let first = number;
-            for entry in &mut group[..GROUP.min(most - first)] {
-                let bytes = std::mem::take(&mut rest);
-                let cut = match *bytes {
-                    [first, len, ..] if first == whole && len <= short => {
-                        blank::<2>(bytes, len.into())
+            let (first, from) = (number, at);
+            let room = &mut group[..GROUP.min(most - first)];
+            if let Some(len) = same {
+                let head = [whole, len];
+                let len = usize::from(len);
+                for (frame, entry) in rest.chunks_exact_mut(2 + len).zip(room) {
+                    if frame[..2] != head {
+                        break;
                     }
-                    [first, 126, high, low, ..]
-                        if first == whole && u16::from_be_bytes([high, low]) <= long =>
-                    {
-                        let cut = blank::<4>(bytes, u16::from_be_bytes([high, low]).into());
-                        longs += usize::from(cut.is_some());
-                        cut
-                    }
-                    _ => break,
-                };
-                let Some((head, len, behind)) = cut else { break };
-                *entry = Entry::short(text, at + head, len, number);
-                at += head + len;
-                number += 1;
-                rest = behind;
+                    frame[..2].fill(BLANK);
+                    *entry = Entry::short(text, at + 2, len, number);
+                    at += 2 + len;
+                    number += 1;
+                }
+                rest = &mut rest[at - from..];
+            } else {
+                for entry in room {
+                    let bytes = std::mem::take(&mut rest);
+                    let cut = match *bytes {
+                        [first, len, ..] if first == whole && len <= short => {
+                            blank::<2>(bytes, len.into())
+                        }
+                        [first, 126, high, low, ..]
+                            if first == whole && u16::from_be_bytes([high, low]) <= long =>
+                        {
+                            let cut = blank::<4>(bytes, u16::from_be_bytes([high, low]).into());
+                            longs += usize::from(cut.is_some());
+                            cut
+                        }
+                        _ => break,
+                    };
+                    let Some((head, len, behind)) = cut else { break };
+                    *entry = Entry::short(text, at + head, len, number);
+                    at += head + len;
+                    number += 1;
+                    rest = behind;
+                }
             }
             self.entries.extend_from_slice(&group[..number - first]);
-            if number - first < GROUP {
+            if number - first == GROUP {
+                let len = group[GROUP - 1].range().len();
+                same = (len <= usize::from(short) && at - from == GROUP * (2 + len))
+                    .then_some(len as u8);
+            } else if same.take().is_none() {
                 break;
             }
         }
@@ -525,6 +548,7 @@ impl<S: Write> Write for Feed<S> {
 mod tests {
     use super::*;
     use crate::block::BlockBuilder;
+    use proptest::prelude::*;
 
     const LARGEST: usize = 256 * 1024;
 
@@ -640,5 +664,70 @@ mod tests {
         let mut feed = Feed::new(&b""[..], bytes, 4 * LARGEST, usize::MAX);
         let (runs, _) = runs(&mut feed);
         assert_eq!(runs, [27, 27, 27, 19], "of {RUN_BYTES} bytes and one message at most");
+    }
+
+    /// Frames of one kind and length, one behind the other: long enough rows that
+    /// groups of them are found.
+    fn row() -> impl Strategy<Value = (bool, usize, usize)> {
+        let len = prop_oneof![0..4_usize, 60..64_usize, 120..132_usize, 65_530..65_540_usize];
+        let rows = (any::<bool>(), len, 1..150_usize);
+        rows.prop_map(|(text, len, count)| (text, len, if len > 1000 { 1 } else { count }))
+    }
+
+    proptest! {
+        #[test]
+        fn rows_of_frames_are_found_as_they_were_sent(
+            rows in proptest::collection::vec(row(), 1..12),
+            most in prop_oneof![1..200_usize, Just(4096)],
+            piece in prop_oneof![1..5000_usize, Just(200_000)],
+        ) {
+            let (mut sent, mut bytes) = (Vec::new(), Vec::new());
+            for (text, len, count) in rows {
+                for _ in 0..count {
+                    bytes.push(if text { WHOLE_TEXT } else { WHOLE_BINARY });
+                    match len {
+                        0..126 => bytes.push(len as u8),
+                        126..65_536 => {
+                            bytes.push(126);
+                            bytes.extend((len as u16).to_be_bytes());
+                        }
+                        _ => {
+                            bytes.push(127);
+                            bytes.extend((len as u64).to_be_bytes());
+                        }
+                    }
+                    // No two alike, and none with what could be a head.
+                    let payload = (0..len).map(|n| b'a' + ((sent.len() >> (n % 4)) % 26) as u8);
+                    let payload: Vec<u8> = payload.collect();
+                    bytes.extend_from_slice(&payload);
+                    sent.push((text, payload));
+                }
+            }
+            let pieces = bytes.chunks(piece).flat_map(|piece| [piece.to_vec(), Vec::new()]);
+            let mut feed = Feed::new(Pieces(pieces.collect()), Vec::new(), LARGEST, usize::MAX);
+            let mut found = Vec::new();
+            while found.len() < sent.len() {
+                let blocked = feed.find_run(most).is_err();
+                if feed.run_is_empty() {
+                    prop_assert!(blocked, "no more than this: {}", found.len());
+                    continue;
+                }
+                let run = feed.take_run();
+                prop_assert!(run.entries.len() <= most);
+                let bytes = &run.bytes[run.part];
+                let mut payload = 0;
+                for (number, entry) in run.entries.iter().enumerate() {
+                    prop_assert_eq!(entry.sequence as usize, number);
+                    found.push((entry.is_text(), bytes[entry.range()].to_vec()));
+                    payload += entry.range().len();
+                }
+                let texts = run.entries.iter().filter(|entry| entry.is_text()).count();
+                prop_assert_eq!(run.alike, texts == 0 || texts == run.entries.len());
+                prop_assert_eq!(run.payload, payload);
+                let blank = bytes.iter().filter(|byte| **byte == BLANK).count();
+                prop_assert_eq!(blank, bytes.len() - payload, "all heads are blank");
+            }
+            prop_assert_eq!(found, sent);
+        }
     }
 }

@@ -109,4 +109,37 @@ mod tests {
         assert_eq!(ids.iter().map(|id| id >> 64).collect::<HashSet<_>>().len(), 50_000);
         assert_eq!(ids.iter().map(|id| *id as u64).collect::<HashSet<_>>().len(), 50_000);
     }
+
+    /// How far the ids of a row of messages are from lying in lines by chance, the way
+    /// the table of ids counts lines: in standard deviations.
+    fn unevenness(identity: &Identity, message: impl Fn(u64) -> Vec<u8>) -> f64 {
+        const LINES: u64 = 4096;
+        let (mut lines, each) = (vec![0_u32; LINES as usize], 8.0);
+        for number in 0..8 * LINES {
+            let high = (identity.of(1, &message(number)).to_u128() >> 64) as u64;
+            lines[((high & u64::from(u32::MAX >> 1)) * LINES >> 31) as usize] += 1;
+        }
+        let square: f64 = lines.iter().map(|&count| (f64::from(count) - each).powi(2) / each).sum();
+        (square - LINES as f64) / (2.0 * LINES as f64).sqrt()
+    }
+
+    #[test]
+    fn ids_of_messages_that_hardly_differ_lie_in_all_lines() {
+        for seed in 0..8 {
+            let a = identity(seed);
+            for len in [17, 33, 64, 96, 128] {
+                let text = |number| format!("{number:0len$}").into_bytes();
+                assert!(unevenness(&a, text) < 6.0, "{seed} {len}");
+                // A counter at the front, at the back, and in the upper bits of both.
+                for (at, shift) in [(0, 0), (0, 40), (len - 8, 0), (len - 8, 40)] {
+                    let binary = |number: u64| {
+                        let mut message = vec![0; len];
+                        message[at..at + 8].copy_from_slice(&(number << shift).to_le_bytes());
+                        message
+                    };
+                    assert!(unevenness(&a, binary) < 6.0, "{seed} {len} {at} {shift}");
+                }
+            }
+        }
+    }
 }
