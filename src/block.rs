@@ -552,12 +552,13 @@ impl BlockBuilder {
     pub(crate) fn identify_bytes(&mut self, mut id: impl FnMut(bool, &[u8]) -> Option<MessageId>) {
         let mut ids = std::mem::take(&mut self.data.ids);
         ids.clear();
-        let run = &self.data.run[..];
-        // In one place, as a closure is not copied into two.
-        ids.extend(self.data.entries.iter().map(|entry| {
+        let data = &self.data;
+        let run = &data.run[..];
+        // By value, so that what `id` refers to is not looked up for each.
+        ids.extend(data.entries.iter().map(move |entry| {
             let (text, bytes) = match entry.kind {
                 Kind::RunText => (true, &run[entry.range()]),
-                _ => self.data.lies(entry),
+                _ => data.lies(entry),
             };
             id(text, bytes)
         }));

@@ -175,7 +175,7 @@ impl Gather<'_> {
             IdSource::Off => {}
             IdSource::Content => {
                 let ids = self.ids;
-                self.block.identify_bytes(|text, bytes| Some(ids.content(text, bytes)));
+                self.block.identify_bytes(move |text, bytes| Some(ids.content(text, bytes)));
             }
             IdSource::Pointer(pointer) => self.find_pointed(pointer),
             _ => self.find_all(),
