@@ -132,7 +132,8 @@ fn thousand_reconnects(what: &str, server: &Server, builder: ClientBuilder) {
     nothing_stays(what, || {
         let client = builder.backoff(Backoff::constant(Duration::ZERO)).start().unwrap();
         thousand_without_more_memory(what, || drop(client.recv_timeout(LONG).unwrap()));
-        assert_eq!(clients_threads(), 3, "{:?}", threads());
+        // It goes on; a handshake of TLS has a thread for as long as it takes.
+        wait(|| clients_threads() == 3).map_err(|()| threads()).unwrap();
         assert!(client.metrics().connections[0].reconnects >= 999);
         drop(client);
         no_connection_is_left(server);

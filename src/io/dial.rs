@@ -10,6 +10,8 @@ use super::poll::{Poller, Ready};
 use super::socket::{Socket, Stream};
 use super::target::Target;
 use super::tls::TlsSource;
+#[cfg(feature = "tls")]
+use super::tls::{Handshake, Pending};
 use super::upgrade::{Answer, Upgrade, Upgraded};
 use crate::error::{Error, ErrorKind, Step};
 use crate::handler::Request;
@@ -18,7 +20,7 @@ use crate::handler::Request;
 const STAGGER: Duration = Duration::from_millis(250);
 
 /// How a dial waits and what it may ask of its thread.
-pub(crate) trait Driver {
+pub(crate) trait Driver: Send {
     fn now(&self) -> Instant;
     fn wall(&self) -> SystemTime;
     fn poller(&mut self) -> &mut Poller;
@@ -26,6 +28,10 @@ pub(crate) trait Driver {
     /// Blocks until a socket is ready, `until` has come, or something else woke
     /// the thread; `Err` when the dial must stop.
     fn park(&mut self, until: Instant, tell: &mut dyn FnMut(Ready)) -> Result<(), DialEnd>;
+
+    /// Does `work` on a thread that ends with it, and waits for that.
+    #[cfg_attr(not(feature = "tls"), expect(dead_code, reason = "it is for TLS"))]
+    fn apart<T: Send>(&mut self, work: impl FnOnce(&mut Self) -> T + Send) -> Result<T, Error>;
 
     /// The addresses of `host`; `None` when `until` came first.
     fn look_up(
@@ -174,23 +180,34 @@ impl<D: Driver> Dial<'_, D> {
     #[cfg(feature = "tls")]
     #[inline(never)]
     fn handshake(&mut self, socket: Socket, peer: SocketAddr) -> Result<Stream, DialEnd> {
-        use super::tls::Handshake;
-        let host = &self.target.host;
-        let mut step = self.policy.tls.get()?.start(host, socket)?;
-        loop {
-            match step {
-                Handshake::Done(stream) => return Ok(Stream::Tls(stream)),
-                Handshake::Waiting(mut pending) => {
-                    if self.driver.now() >= self.deadline {
-                        return Err(self.timed_out(Step::Tls, &peer).into());
-                    }
-                    let tell = &mut |ready| {
-                        pending.socket_mut().on_ready(ready);
-                    };
-                    self.driver.park(self.deadline, tell)?;
-                    step = pending.resume(host)?;
-                }
+        match self.policy.tls.get()?.start(&self.target.host, socket)? {
+            Handshake::Done(stream) => Ok(Stream::Tls(stream)),
+            Handshake::Waiting(pending) => {
+                let Self { policy, deadline, target, .. } = *self;
+                // The server's certificates take two pages more of the stack than all
+                // that follows. What comes before them is done here: OpenSSL keeps the
+                // state of random numbers for each thread, and takes 0.1 ms to make it.
+                self.driver.apart(|driver| {
+                    Dial { driver, policy, deadline, target }.finish(pending, peer)
+                })?
             }
+        }
+    }
+
+    #[cfg(feature = "tls")]
+    fn finish(&mut self, mut pending: Pending, peer: SocketAddr) -> Result<Stream, DialEnd> {
+        loop {
+            if self.driver.now() >= self.deadline {
+                return Err(self.timed_out(Step::Tls, &peer).into());
+            }
+            let tell = &mut |ready| {
+                pending.socket_mut().on_ready(ready);
+            };
+            self.driver.park(self.deadline, tell)?;
+            pending = match pending.resume(&self.target.host)? {
+                Handshake::Done(stream) => return Ok(Stream::Tls(stream)),
+                Handshake::Waiting(pending) => pending,
+            };
         }
     }
 

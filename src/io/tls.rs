@@ -138,7 +138,7 @@ mod native {
 }
 
 #[cfg(feature = "tls")]
-pub(crate) use native::{Handshake, TlsSource};
+pub(crate) use native::{Handshake, Pending, TlsSource};
 
 /// Stands in for TLS where the feature is off; `wss` is refused at build time.
 #[cfg(not(feature = "tls"))]

@@ -14,9 +14,11 @@ pub(crate) mod timer;
 pub(crate) mod watched;
 
 use std::cell::Cell;
+use std::io;
+use std::panic::resume_unwind;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread::Builder;
 pub(crate) use std::thread::JoinHandle;
+use std::thread::{self, Builder, ScopedJoinHandle};
 
 use crossbeam_channel::{Receiver, RecvError, Sender};
 
@@ -69,9 +71,31 @@ impl Spawner {
             let _guard = guard;
             body()
         });
-        spawned.map_err(|error| {
-            Error::caused(ErrorKind::Spawn, format!("thread {name} could not be started"), error)
-        })
+        spawned.map_err(|error| not_started(name, error))
+    }
+
+    /// Does a part of the calling thread's work on a thread that ends with it, and takes
+    /// its stack along.
+    pub(crate) fn apart<T: Send>(
+        &self,
+        name: &str,
+        work: impl FnOnce() -> T + Send,
+    ) -> Result<T, Error> {
+        let owner = self.owner;
+        let ended = thread::scope(|scope| {
+            let spawned = Builder::new().name(name.to_owned()).stack_size(STACK).spawn_scoped(
+                scope,
+                move || {
+                    OWNER.set(owner);
+                    work()
+                },
+            );
+            spawned.map(ScopedJoinHandle::join)
+        });
+        match ended {
+            Ok(result) => Ok(result.unwrap_or_else(|panic| resume_unwind(panic))),
+            Err(error) => Err(not_started(name, error)),
+        }
     }
 
     /// Whether the calling thread is one of this client's: it must not wait
@@ -79,6 +103,10 @@ impl Spawner {
     pub(crate) fn is_own_thread(&self) -> bool {
         OWNER.get() == self.owner
     }
+}
+
+fn not_started(name: &str, error: io::Error) -> Error {
+    Error::caused(ErrorKind::Spawn, format!("thread {name} could not be started"), error)
 }
 
 /// Waits for what is posted. Where a thread that watches nothing else waits, so

@@ -91,6 +91,11 @@ impl Spawner {
         Ok(JoinHandle { task, result })
     }
 
+    /// On the same thread: in the world there is no TLS, which this is for.
+    pub(crate) fn apart<T>(&self, _: &str, work: impl FnOnce() -> T) -> Result<T, Error> {
+        Ok(work())
+    }
+
     pub(crate) fn is_own_thread(&self) -> bool {
         kernel::owner() == self.owner
     }

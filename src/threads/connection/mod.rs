@@ -445,6 +445,12 @@ impl Driver for Connection {
         self.wait(tell)
     }
 
+    fn apart<T: Send>(&mut self, work: impl FnOnce(&mut Self) -> T + Send) -> Result<T, Error> {
+        let spawner = self.shared.spawner.clone();
+        let thread = format!("broadsock-tls-{}", self.index);
+        spawner.apart(&thread, || work(self))
+    }
+
     fn look_up(
         &mut self,
         host: &str,
