@@ -25,12 +25,15 @@ const LARGE: usize = 16 * 1024;
 const ARENA: usize = 1 << 30;
 
 /// Buffers that wait for their next use, for each connection: a consumer that was
-/// off its processor for a while has some blocks to give back at once. As many
-/// small runs at most may have a buffer each.
-const SPARES: usize = 16;
+/// off its processor for some milliseconds has many blocks to give back at once. To
+/// get as many anew costs a page fault for each of their pages.
+const SPARES: usize = 64;
 
 /// Of large buffers no more wait than are so many bytes together, or four.
-const SPARE_BYTES: usize = 4 << 20;
+const SPARE_BYTES: usize = 16 << 20;
+
+/// Small runs may have a buffer each as long as no more than this are on loan.
+const LENT: usize = 16;
 
 /// After so many looks for runs, half of the buffers that were not needed are
 /// freed, and all if none was.
@@ -177,7 +180,7 @@ impl Spares {
     /// one waits, and few are on loan.
     pub(crate) fn take(&self, must: bool) -> Option<Spare> {
         let mut returned = self.home.returned();
-        if !must && (returned.buffers.is_empty() || returned.lent >= SPARES) {
+        if !must && (returned.buffers.is_empty() || returned.lent >= LENT) {
             return None;
         }
         returned.lent += 1;
@@ -841,7 +844,7 @@ mod tests {
             drop(block.finish());
         }
         for size in sizes[..SPARES].iter().rev() {
-            assert_eq!(spare(&spares), size + 5);
+            assert_eq!(spares.take(true).map(|spare| spare.bytes.len()), Some(size + 5));
         }
         assert!(spares.take(false).is_none());
         assert!(spares.take(true).is_some_and(|spare| spare.bytes.is_empty()));
@@ -888,9 +891,9 @@ mod tests {
         while let Some(spare) = spares.take(false) {
             held.push(lend(&spares, spare.bytes.len() - 5));
         }
-        assert_eq!(held.len(), SPARES, "as many as waited");
+        assert_eq!(held.len(), LENT, "and no more, though more wait");
         // One comes back, and another goes out; but not while a flood has many.
-        held.truncate(SPARES - 1);
+        held.truncate(LENT - 1);
         let flood: Vec<_> = (0..100).map(must).collect();
         assert_eq!(spares.take(false).map(drop), None);
         drop(flood);

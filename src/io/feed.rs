@@ -308,7 +308,11 @@ impl<S: Read> Feed<S> {
             self.entries.iter_mut().for_each(|entry| *entry = entry.moved(from));
         }
         let mut next = spare.bytes;
-        next.resize(self.buffer.len(), 0);
+        match next.is_empty() {
+            // Fresh memory of the system is clear already.
+            true => next = vec![0; self.buffer.len()],
+            false => next.resize(self.buffer.len(), 0),
+        }
         next[..rest].copy_from_slice(&self.buffer[to..self.end]);
         let bytes = std::mem::replace(&mut self.buffer, next);
         (self.start, self.end, self.run) = (0, rest, 0);
