@@ -51,7 +51,7 @@ const SIDES: [(&str, &str, f64); 8] = [
 
 /// In the order of the sides: what was counted when they were set, half as much
 /// again for the way threads happen to meet.
-const BUDGETS: [f64; 8] = [140.0, 600.0, 390.0, 1420.0, 1980.0, 2740.0, 1010.0, 1090.0];
+const BUDGETS: [f64; 8] = [100.0, 410.0, 360.0, 1390.0, 1800.0, 2580.0, 800.0, 950.0];
 
 fn main() {
     match child::role().as_deref() {
