@@ -30,9 +30,9 @@ pub enum Processing {
 /// overwritten is what has outlived `capacity` others, and the processor writes
 /// ahead of use what is written in order. An index says at which numbers an id
 /// may be. It is all that is touched at random, and small, so that it stays in a
-/// cache: a slot of four bytes for each id, sixteen of them in one line. A slot
-/// that says too much, because its id is long gone, does no harm: an id is where
-/// the ring has it. So nothing is swept.
+/// cache: slots of four bytes, two for each id, sixteen in one line. A slot that
+/// says too much, because its id is long gone, does no harm: an id is where the
+/// ring has it. So no line is ever swept.
 ///
 /// A line is a queue: the slot of a fresh id goes in at its front, and the oldest
 /// one drops out. If that is of an id that counts still, it is kept in a small map.
@@ -78,6 +78,9 @@ const LOAD: usize = 8;
 /// The most lines of a window that has just begun.
 const FIRST_LINES: usize = 16;
 
+/// The least room for ids that dropped out of their lines.
+const FIRST_SPILL: usize = 16;
+
 /// The largest capacity: what numbers leave of 32 bits tells ids apart.
 const LARGEST: usize = 1 << 28;
 
@@ -90,8 +93,8 @@ struct Key {
     high: u64,
 }
 
-// Low bits, and all of them set for a fresh id: that is one instruction, without a
-// constant in a register.
+// The lowest bits of `high`, and both of them set for a fresh id: that is one
+// instruction, without a constant in a register.
 
 /// It is an id.
 const HELD: u64 = 1;
@@ -191,7 +194,7 @@ impl Dedup {
             if self.is_young(at, now) {
                 return false;
             }
-            self.ring[at] = Key::default();
+            self.remove(key, at);
         }
         self.enter(key, now);
         true
@@ -235,9 +238,10 @@ impl Dedup {
     /// The message failed: its redelivery shall be accepted. `true` if the id
     /// was held, which it may be for some time after it stopped to count.
     pub(crate) fn forget(&mut self, id: u128) -> bool {
-        let place = self.find(Key::of(id));
+        let key = Key::of(id);
+        let place = self.find(key);
         if let Some(at) = place {
-            self.ring[at] = Key::default();
+            self.remove(key, at);
         }
         place.is_some()
     }
@@ -337,6 +341,20 @@ impl Dedup {
         self.next = self.behind(self.next);
     }
 
+    /// Takes an id out of the ring, and its slot out of its line: when it comes again,
+    /// it shall find none that is like it, nor should its slot push out another's.
+    fn remove(&mut self, key: Key, at: usize) {
+        let (index, tags) = (key.index(self.lines.len()), self.step - 1);
+        let slots = self.lines[index].0.iter();
+        let way = slots
+            .copied()
+            .position(|slot| slot & tags == key.tag(tags) && self.place_of(slot) == Some(at));
+        self.ring[at] = Key::default();
+        if let Some(way) = way {
+            self.lines[index].take(way, tags);
+        }
+    }
+
     /// Where in the ring the id is that a slot was filled for, if it is there.
     fn tenant(&self, index: usize, slot: u32) -> Option<usize> {
         let tags = self.step - 1;
@@ -355,7 +373,7 @@ impl Dedup {
                 self.place_of(*slot).is_some_and(|at| self.ring[at].plain() == *key)
             });
             // Room for as many again, so that this is seldom done.
-            spill.reserve(spill.len().max(FIRST_LINES));
+            spill.reserve(spill.len().max(FIRST_SPILL));
             self.spill = spill;
         }
         self.spill.insert(key, slot);
@@ -445,6 +463,13 @@ impl Line {
         self.0.copy_within(11..15, 12);
         self.0.copy_within(..12, 1);
         self.0[0] = slot;
+    }
+
+    /// Takes a slot out. Of the oldest the number stays at the end: what has spilled is
+    /// older than that.
+    fn take(&mut self, way: usize, tags: u32) {
+        self.0.copy_within(way + 1.., way);
+        self.0[WAYS - 1] &= !tags;
     }
 }
 

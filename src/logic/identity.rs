@@ -12,9 +12,6 @@ pub(crate) const KEY: usize = 192;
 /// those, by a third at 1 KiB and by half at 16 KiB; the other with all below.
 const SHORT: usize = 240;
 
-/// Where the kind comes in: the table of ids may leave out lower bits.
-const KIND: u32 = 24;
-
 /// Hashes ids, under a key that a peer does not know: it cannot craft two
 /// messages of one identity. 128 bits make accidents impossible in practice
 /// (among 10^9 ids, with a chance of 10^-20).
@@ -42,8 +39,8 @@ impl Identity {
             _ => self.hash_other(id),
         };
         // Only the kinds of one id need be kept apart. This is one instruction, and
-        // changes bits by which the table of ids tells them.
-        MessageId::new(hash ^ u128::from(kind) << KIND)
+        // changes the lowest bits, by which the window of ids tells them first.
+        MessageId::new(hash ^ u128::from(kind))
     }
 
     /// The hash of what is shorter or longer.
