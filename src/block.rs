@@ -32,7 +32,7 @@ const SPARES: usize = 64;
 /// Of large buffers no more wait than are so many bytes together, or four.
 const SPARE_BYTES: usize = 16 << 20;
 
-/// Small runs may have a buffer each as long as no more than this are on loan.
+/// Small runs may have a buffer each as long as fewer than this are on loan.
 const LENT: usize = 16;
 
 /// After so many looks for runs, half of the buffers that were not needed are
@@ -214,20 +214,21 @@ impl Drop for Spares {
 
 impl Returned {
     /// Now and then: some of the buffers that have not been used for long, which are
-    /// the first ones.
-    fn trim(&mut self) -> Vec<Vec<u8>> {
+    /// the first ones, and tables without a buffer to go with.
+    fn trim(&mut self) -> (Vec<Vec<u8>>, Vec<Tables>) {
         self.looks += 1;
         if self.looks < TRIM {
-            return Vec::new();
+            return Default::default();
         }
         let unused = match self.taken {
             true => self.unused.min(self.buffers.len()).div_ceil(2),
             false => self.buffers.len(),
         };
-        self.tables.drain(..unused.min(self.tables.len()));
-        let unused = self.buffers.drain(..unused).collect();
+        let buffers: Vec<_> = self.buffers.drain(..unused).collect();
+        let too_many = self.tables.len().saturating_sub(self.buffers.len());
+        let tables = self.tables.drain(..too_many).collect();
         (self.looks, self.taken, self.unused) = (0, false, self.buffers.len());
-        unused
+        (buffers, tables)
     }
 }
 
@@ -236,17 +237,17 @@ impl Home {
     fn take_back(&self, bytes: Vec<u8>) -> Option<Vec<u8>> {
         let mut returned = self.returned();
         returned.lent = returned.lent.saturating_sub(1);
-        let most = (SPARE_BYTES / bytes.len().max(1)).clamp(4, SPARES);
-        if returned.closed || returned.buffers.len() >= most {
+        if returned.closed || returned.buffers.len() >= most(bytes.len()) {
             return Some(bytes);
         }
         returned.buffers.push(bytes);
         None
     }
 
-    fn take_tables_back(&self, tables: Tables) -> Option<Tables> {
+    /// The tables of a block whose buffer is so large, and comes back as well.
+    fn take_tables_back(&self, tables: Tables, bytes: usize) -> Option<Tables> {
         let mut returned = self.returned();
-        if returned.closed || returned.tables.len() >= SPARES {
+        if returned.closed || returned.tables.len() >= most(bytes) {
             return Some(tables);
         }
         returned.tables.push(tables);
@@ -256,6 +257,11 @@ impl Home {
     fn returned(&self) -> MutexGuard<'_, Returned> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// How many buffers of this size may wait.
+fn most(bytes: usize) -> usize {
+    (SPARE_BYTES / bytes.max(1)).clamp(4, SPARES)
 }
 
 impl AsRef<[u8]> for Loan {
@@ -340,6 +346,7 @@ impl BlockData {
     }
 
     /// Whether it is a text, and its bytes.
+    // Apart, so that the loop which looks for the ids of texts has little in it.
     #[inline(never)]
     fn lies(&self, entry: &Entry) -> (bool, &[u8]) {
         (self.is_text(entry), self.bytes_of(entry))
@@ -375,7 +382,7 @@ impl Drop for BlockData {
             (std::mem::take(&mut self.entries), std::mem::take(&mut self.ids));
         entries.clear();
         ids.clear();
-        let more_than_enough = home.take_tables_back((entries, ids));
+        let more_than_enough = home.take_tables_back((entries, ids), self.run.len());
         drop(more_than_enough);
     }
 }
@@ -901,6 +908,16 @@ mod tests {
         assert_eq!(spares.take(false).map(drop), None, "sixteen are on loan");
         held.clear();
         assert_eq!(spares.take(false).map(drop), Some(()));
+    }
+
+    #[test]
+    fn no_more_tables_wait_than_buffers() {
+        let spares = Spares::default();
+        let tables = |spares: &Spares| spares.home.returned().tables.len();
+        drop((0..80).map(|_| lend(&spares, SPARE_BYTES / 8)).collect::<Vec<_>>());
+        assert!(tables(&spares) <= 8, "{}", tables(&spares));
+        (0..TRIM).for_each(|_| spares.count_look());
+        assert_eq!(tables(&spares), 0);
     }
 
     #[test]
