@@ -29,9 +29,10 @@ pub(crate) trait Driver: Send {
     /// the thread; `Err` when the dial must stop.
     fn park(&mut self, until: Instant, tell: &mut dyn FnMut(Ready)) -> Result<(), DialEnd>;
 
-    /// Does `work` on a thread that ends with it, and waits for that.
+    /// Does `work` on a thread that ends with it, and waits for that; on this one if
+    /// there is no other. `None` is never the answer.
     #[cfg_attr(not(feature = "tls"), expect(dead_code, reason = "it is for TLS"))]
-    fn apart<T: Send>(&mut self, work: impl FnOnce(&mut Self) -> T + Send) -> Result<T, Error>;
+    fn apart<T: Send>(&mut self, work: impl FnOnce(&mut Self) -> T + Send) -> Option<T>;
 
     /// The addresses of `host`; `None` when `until` came first.
     fn look_up(
@@ -187,9 +188,10 @@ impl<D: Driver> Dial<'_, D> {
                 // The server's certificates take two pages more of the stack than all
                 // that follows. What comes before them is done here: OpenSSL keeps the
                 // state of random numbers for each thread, and takes 0.1 ms to make it.
-                self.driver.apart(|driver| {
+                let end = self.driver.apart(|driver| {
                     Dial { driver, policy, deadline, target }.finish(pending, peer)
-                })?
+                });
+                end.unwrap_or(Err(DialEnd::Stopped))
             }
         }
     }

@@ -14,7 +14,6 @@ pub(crate) mod timer;
 pub(crate) mod watched;
 
 use std::cell::Cell;
-use std::io;
 use std::panic::resume_unwind;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 pub(crate) use std::thread::JoinHandle;
@@ -71,31 +70,41 @@ impl Spawner {
             let _guard = guard;
             body()
         });
-        spawned.map_err(|error| not_started(name, error))
+        spawned.map_err(|error| {
+            Error::caused(ErrorKind::Spawn, format!("thread {name} could not be started"), error)
+        })
     }
 
     /// Does a part of the calling thread's work on a thread that ends with it, and takes
-    /// its stack along.
-    pub(crate) fn apart<T: Send>(
+    /// its stack along; or here, if there is no thread to be had. `None` is never the
+    /// answer.
+    #[cfg_attr(not(feature = "tls"), allow(dead_code, reason = "it is for TLS"))]
+    pub(crate) fn apart<T: Send>(&self, name: &str, work: impl FnOnce() -> T + Send) -> Option<T> {
+        self.apart_with(STACK, name, work)
+    }
+
+    fn apart_with<T: Send>(
         &self,
+        stack: usize,
         name: &str,
         work: impl FnOnce() -> T + Send,
-    ) -> Result<T, Error> {
-        let owner = self.owner;
-        let ended = thread::scope(|scope| {
-            let spawned = Builder::new().name(name.to_owned()).stack_size(STACK).spawn_scoped(
-                scope,
-                move || {
-                    OWNER.set(owner);
-                    work()
-                },
-            );
-            spawned.map(ScopedJoinHandle::join)
+    ) -> Option<T> {
+        let (owner, mut work, mut done) = (self.owner, Some(work), None);
+        let mut run = || done = work.take().map(|work| work());
+        let started = thread::scope(|scope| {
+            let thread = Builder::new().name(name.to_owned()).stack_size(stack);
+            let body = || {
+                OWNER.set(owner);
+                run();
+            };
+            let ended = thread.spawn_scoped(scope, body).map(ScopedJoinHandle::join);
+            ended.map(|ended| ended.unwrap_or_else(|panic| resume_unwind(panic)))
         });
-        match ended {
-            Ok(result) => Ok(result.unwrap_or_else(|panic| resume_unwind(panic))),
-            Err(error) => Err(not_started(name, error)),
+        if let Err(error) = started {
+            log::warn!("thread {name} could not be started: {error}");
+            run();
         }
+        done
     }
 
     /// Whether the calling thread is one of this client's: it must not wait
@@ -103,10 +112,6 @@ impl Spawner {
     pub(crate) fn is_own_thread(&self) -> bool {
         OWNER.get() == self.owner
     }
-}
-
-fn not_started(name: &str, error: io::Error) -> Error {
-    Error::caused(ErrorKind::Spawn, format!("thread {name} could not be started"), error)
 }
 
 /// Waits for what is posted. Where a thread that watches nothing else waits, so
@@ -132,5 +137,25 @@ impl Drop for ExitGuard {
     fn drop(&mut self) {
         // The monitor drains its channel until it ends; then nobody listens.
         let _ = self.monitor.send(Notice::Ended(self.child));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    #[test]
+    fn work_is_done_apart_or_here_if_there_is_no_thread_to_be_had() {
+        let spawner = Spawner::new(crossbeam_channel::bounded(1).0);
+        let here = thread::current().id();
+        let who = || (thread::current().id(), spawner.is_own_thread());
+        let (apart, own) = spawner.apart("apart", who).unwrap();
+        assert!(apart != here && own, "as much the client's as its caller");
+        let too_large = usize::MAX / 4;
+        assert_eq!(spawner.apart_with(too_large, "apart", who), Some((here, false)));
+        let panic = || spawner.apart("apart", || panic!("it goes on here"));
+        let panic = catch_unwind(AssertUnwindSafe(panic)).unwrap_err();
+        assert_eq!(panic_message(panic), "it goes on here");
     }
 }

@@ -445,7 +445,7 @@ impl Driver for Connection {
         self.wait(tell)
     }
 
-    fn apart<T: Send>(&mut self, work: impl FnOnce(&mut Self) -> T + Send) -> Result<T, Error> {
+    fn apart<T: Send>(&mut self, work: impl FnOnce(&mut Self) -> T + Send) -> Option<T> {
         let spawner = self.shared.spawner.clone();
         let thread = format!("broadsock-tls-{}", self.index);
         spawner.apart(&thread, || work(self))
