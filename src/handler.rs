@@ -353,11 +353,16 @@ impl Outgoing {
     /// a memory map, in an `Arc<[u8]>` that many connections send. Nothing is copied
     /// to hand it over.
     ///
-    /// `owner` is asked for its bytes once, and dropped as soon as the operating
-    /// system has taken the whole message: on the connection's thread, so that its
-    /// `Drop` must not block. A panic in it is contained and logged. A message that
-    /// comes back, in a [`SendError`](crate::SendError) or as unsent after a close,
-    /// has it still.
+    /// `owner` is asked for its bytes once, and dropped when nothing needs them any
+    /// more. That is, for a message that a [`Sender`](crate::Sender) took and that was
+    /// sent, when the operating system has taken all of it; for one that a session
+    /// sends, when it is in the write buffer; for one of an epoch that is over
+    /// ([`try_send_in`](crate::Sender::try_send_in)), when that ends; for an opening
+    /// message, with the client. A message that comes back, in a
+    /// [`SendError`](crate::SendError) or as unsent after a close, has it still, and
+    /// so has a clone. It happens on one of the client's threads, mostly: `Drop` must
+    /// not block, and what it sends does not wait, as in a hook. A panic in it is
+    /// contained and logged.
     ///
     /// # Panics
     ///
@@ -419,9 +424,11 @@ impl<T> Drop for Owner<T> {
     fn drop(&mut self) {
         let owner = self.0.take();
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| drop(owner))) {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("without a word");
+            log::error!(target: "broadsock", "the owner of a message's bytes panicked: {text}");
             // Its own drop may panic, too.
             std::mem::forget(panic);
-            log::error!(target: "broadsock", "the owner of a message's bytes panicked");
         }
     }
 }

@@ -179,6 +179,30 @@ mod leaving {
         assert_eq!(back.recv_timeout(LONG).map(|large| large.len()), Ok(16 << 20));
     }
 
+    #[test]
+    fn unsent_bytes_go_with_the_client_also_if_their_owner_could_send() {
+        struct Owner(Sender, crossbeam_channel::Sender<()>);
+        impl AsRef<[u8]> for Owner {
+            fn as_ref(&self) -> &[u8] {
+                &[7; 16 << 20]
+            }
+        }
+        impl Drop for Owner {
+            fn drop(&mut self) {
+                assert!(self.0.try_send("too late").is_err());
+                let _ = self.1.send(());
+            }
+        }
+        let (gone, end) = bounded(1);
+        let server = serve([up().stop_reading()]);
+        let client = connect(builder(&server));
+        client.sender().send(Outgoing::from_owner(Owner(client.sender(), gone))).unwrap();
+        let report = client.close(ms(100));
+        assert_eq!(report.unsent.len(), 1);
+        drop((report, client));
+        assert_eq!(end.recv_timeout(LONG), Ok(()));
+    }
+
     fn size(n: u64) -> usize {
         match n {
             5000 => 16 << 20,

@@ -155,6 +155,9 @@ impl Inbox {
     /// The messages for one epoch alone. Programs may own their bytes and learn of
     /// their end, and send then: that is to come after the lock is let go.
     fn discard(&self, state: &mut State) -> VecDeque<Outgoing> {
+        if state.outbox.iter().all(|Outgoing(_, only_in)| only_in.is_none()) {
+            return VecDeque::new();
+        }
         let all = std::mem::take(&mut state.outbox).into_iter();
         let (kept, gone) = all.partition(|Outgoing(_, only_in)| only_in.is_none());
         state.outbox = kept;
