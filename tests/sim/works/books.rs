@@ -297,6 +297,16 @@ pub(crate) fn killed(k: &mut Kernel, ids: &[Id]) {
     dies(k);
 }
 
+/// The thread is killed that acknowledged them: those that were to go to a batch then
+/// do not.
+pub(super) fn never_batched(k: &mut Kernel, ids: &[Id]) {
+    for id in ids {
+        if k.wk.open.get(id).is_some_and(|fate| matches!(fate.stage, Stage::Batched(..))) {
+            enter(k, *id, Stage::Killed);
+        }
+    }
+}
+
 /// The thread that runs is killed.
 pub(crate) fn dies(k: &mut Kernel) {
     let (now, name) = (k.now, k.current_name());

@@ -66,8 +66,8 @@ fn die() -> ! {
     panic_any(Kill)
 }
 
-/// What a hook that says nothing does.
-fn misbehave(hook: &str) -> Result<(), BoxError> {
+/// What a hook that says nothing does. Who dies in it may have messages in hand.
+fn misbehave(hook: &str, in_hand: &[Id]) -> Result<(), BoxError> {
     let how = with(|k| {
         let p = trouble(k).acknowledger;
         let kills = trouble(k).kills > 0.0;
@@ -79,7 +79,10 @@ fn misbehave(hook: &str) -> Result<(), BoxError> {
         0 => Ok(()),
         1 => Err(format!("planned failure of {hook}").into()),
         2 => panic!("planned panic of {hook}"),
-        _ => die(),
+        _ => {
+            with(|k| books::never_batched(k, in_hand));
+            die()
+        }
     }
 }
 
@@ -151,7 +154,7 @@ impl Handler for Works {
 
     fn prepare(&self, _: &[Message]) -> Result<(), Failure> {
         let _inside = Inside::enter();
-        misbehave("prepare").map_err(Failure::from)
+        misbehave("prepare", &[]).map_err(Failure::from)
     }
 
     fn handle_message(&self, message: &Message) -> Result<Next<Item>, Failure> {
@@ -245,7 +248,7 @@ impl Handler for Works {
     fn handle_failed(&self, failed: &[Failed]) {
         let _inside = Inside::enter();
         with(|k| failed.iter().for_each(|one| books::told_failed(k, Id::of(&one.message))));
-        misbehave("handle_failed").ok();
+        misbehave("handle_failed", &[]).ok();
     }
 }
 
@@ -306,10 +309,9 @@ impl Acknowledger for Records {
             }
         });
         dawdle();
-        with(|k| {
-            succeeded.iter().for_each(|one| books::told(k, Id::of(&one.message)));
-        });
-        misbehave("acknowledge")
+        let told: Vec<_> = succeeded.iter().map(|one| Id::of(&one.message)).collect();
+        with(|k| told.iter().for_each(|id| books::told(k, *id)));
+        misbehave("acknowledge", &told)
     }
 }
 
