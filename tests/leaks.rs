@@ -250,8 +250,8 @@ fn nothing_stays(what: &str, run: impl FnOnce()) {
     run();
     let after = |()| format!("{what}: {before:?} became {:?}: {:?}", counts(), threads());
     // Fewer are there if something of a server's was about to end at first.
-    let no_more = || (counts().0 <= before.0) && (counts().1 <= before.1);
-    wait(no_more).map_err(after).unwrap();
+    let no_more = |(threads, files)| threads <= before.0 && files <= before.1;
+    wait(|| no_more(counts())).map_err(after).unwrap();
 }
 
 fn no_connection_is_left(server: &Server) {

@@ -113,16 +113,22 @@ fn no_answer_for_an_old_epoch_leaves_on_a_new_socket() {
     assert!(report.sources[0].as_ref().unwrap().unsent.is_empty());
 }
 
-#[test]
-fn what_waits_for_an_epoch_when_it_ends_is_discarded_and_counted() {
-    const EACH: usize = 64 * 1024;
-    const TIED: u64 = 400;
+/// A client whose first socket takes little of what it sends, until it is cut.
+fn one_that_is_not_read() -> (Server, Client) {
     let server = Server::script([upgrade().send("hello").stop_reading(), upgrade().send("again")])
         .receive_buffer(4096)
         .start()
         .unwrap();
     let client = quick(server.url()).outbox(1000).start().unwrap();
     assert_eq!(text(&client), "hello");
+    (server, client)
+}
+
+#[test]
+fn what_waits_for_an_epoch_when_it_ends_is_discarded_and_counted() {
+    const EACH: usize = 64 * 1024;
+    const TIED: u64 = 400;
+    let (server, client) = one_that_is_not_read();
     let sender = client.sender();
     // More than the kernel takes, so that most of them wait.
     for _ in 0..TIED {
@@ -158,12 +164,7 @@ impl Drop for Spokesman {
 
 #[test]
 fn the_owner_of_a_message_that_is_discarded_may_send() {
-    let server = Server::script([upgrade().send("hello").stop_reading(), upgrade().send("again")])
-        .receive_buffer(4096)
-        .start()
-        .unwrap();
-    let client = quick(server.url()).outbox(1000).start().unwrap();
-    assert_eq!(text(&client), "hello");
+    let (server, client) = one_that_is_not_read();
     for _ in 0..400 {
         let owner = Spokesman(vec![b'x'; 64 * 1024], client.sender());
         client.sender().try_send_in(1, Outgoing::from_owner(owner)).unwrap();

@@ -859,8 +859,18 @@ mod tests {
         assert!((0..16).all(|id| window.accept(same(id), now)) && window.forget(same(3)));
         assert!((16..32).all(|id| window.accept(same(id), now)));
         assert!(window.spill.len() == 15 && window.accept(same(3), now));
-        assert!(window.forget(same(5)) && !window.forget(same(5)), "its slot is left behind");
+        assert!(window.forget(same(5)) && !window.forget(same(5)), "its slot stays in the spill");
         assert!(window.accept(same(5), now) && !window.accept(same(5), now));
+    }
+
+    #[test]
+    fn what_was_forgotten_is_as_usual_as_any_when_it_comes_again() {
+        let now = some_instant();
+        let mut window = Dedup::new(300, None);
+        for _ in 0..3 {
+            assert!(window.accept(spread(1), now) && window.forget(spread(1)));
+        }
+        assert_eq!(window.accept_usual(std::iter::once(spread(1))), 1, "no slot is like it");
     }
 
     #[test]
