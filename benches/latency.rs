@@ -15,6 +15,7 @@
 
 mod common;
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -180,13 +181,14 @@ impl Bench {
     // Sends.
 
     fn sends(&self, load: Load, count: usize) -> Vec<Row> {
-        let (mut bare, mut here) = (Sends::default(), Sends::default());
+        let (mut bare, mut here, mut floor) = <(Sends, Sends, Sends)>::default();
         for _ in 0..self.rounds {
             // A blocking loop that reads a flood cannot send.
             if load == Load::Idle {
-                self.send(load, count, false, &mut bare);
+                self.send(load, count, send_bare, &mut bare);
+                self.send(load, count, send_through, &mut floor);
             }
-            self.send(load, count, true, &mut here);
+            self.send(load, count, send_here, &mut here);
         }
         let room = ROOM <= processors();
         let [call, wire]: [&[Goal]; 2] = match load {
@@ -201,6 +203,11 @@ impl Bench {
         // One that floods is busy: when it gets to a message says nothing about the client.
         if load == Load::Idle {
             table.extend(rows("until the server has it", &bare.arrivals, &here.arrivals, wire));
+            let what = "(bare, on a thread that a waker wakes: the caller's time)";
+            let mut floor = rows(what, &bare.calls, &floor.calls, &[]);
+            floor.truncate(1);
+            floor[0].note = "not this crate: what it costs to wake a thread".to_owned();
+            table.extend(floor);
         }
         if load == (Load::Flood { taken: true }) && !room {
             let note = "no goal with fewer processors than busy threads: they take turns";
@@ -210,16 +217,11 @@ impl Bench {
     }
 
     /// One message each millisecond.
-    fn send(&self, load: Load, count: usize, here: bool, sends: &mut Sends) {
+    fn send(&self, load: Load, count: usize, send: SendEach, sends: &mut Sends) {
         let base = self.base;
         let (port, server) = net::serve(None, move |wire| hear(wire, base, load));
         let url = net::url(false, port, "");
-        let (calls, writes) = if here {
-            send_here(&url, base, load, count)
-        } else {
-            let calls = send_bare(&url, base, count);
-            (calls.clone(), calls)
-        };
+        let (calls, writes) = send(&url, base, load, count);
         let arrivals = server.join().expect("the server does not fail");
         assert_eq!((writes.len(), arrivals.len()), (count, count), "every message arrives");
         sends.calls.push(Times::new(calls));
@@ -466,7 +468,10 @@ impl Drop for Sent {
     }
 }
 
-/// How long the calls took, and how long it was until each message was written.
+/// Sends so many messages; how long the calls took, and how long it was until each
+/// message was written.
+type SendEach = fn(&str, Instant, Load, usize) -> (Vec<f64>, Vec<f64>);
+
 fn send_here(url: &str, base: Instant, load: Load, count: usize) -> (Vec<f64>, Vec<f64>) {
     let taken = load != Load::Flood { taken: false };
     let overflow = if taken { Overflow::Block } else { Overflow::DropNewest };
@@ -490,14 +495,45 @@ fn send_here(url: &str, base: Instant, load: Load, count: usize) -> (Vec<f64>, V
 }
 
 /// A write on the caller's own thread: nothing is handed over, and nobody reads.
-fn send_bare(url: &str, base: Instant, count: usize) -> Vec<f64> {
+fn send_bare(url: &str, base: Instant, _: Load, count: usize) -> (Vec<f64>, Vec<f64>) {
     let mut client = net::bare(url, None).expect("the server accepts");
     let times = send_each(base, count, tungstenite::Message::from, |message| {
         client.send(message).expect("the server reads");
     });
     let _ = client.close(None);
     while client.read().is_ok() {}
-    times
+    (times.clone(), times)
+}
+
+/// The least that hands a message over to a thread that waits for sockets: a queue
+/// under a lock, and a waker.
+fn send_through(url: &str, base: Instant, _: Load, count: usize) -> (Vec<f64>, Vec<f64>) {
+    let mut client = net::bare(url, None).expect("the server accepts");
+    let mut poll = mio::Poll::new().expect("the system has one");
+    let waker = mio::Waker::new(poll.registry(), mio::Token(0)).expect("the system has one");
+    let queue: Mutex<VecDeque<tungstenite::Message>> = Mutex::default();
+    let pop = || queue.lock().expect("nobody panics with it").pop_front();
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let (mut events, mut writes) = (mio::Events::with_capacity(4), Vec::new());
+            while writes.len() < count {
+                poll.poll(&mut events, Some(LONG)).expect("the waker wakes it");
+                while let Some(message) = pop() {
+                    let text = message.to_text().expect("it is one").to_owned();
+                    client.send(message).expect("the server reads");
+                    writes.push(age(text.as_bytes(), base));
+                }
+            }
+            let _ = client.close(None);
+            while client.read().is_ok() {}
+            writes
+        });
+        let calls = send_each(base, count, tungstenite::Message::from, |message| {
+            queue.lock().expect("nobody panics with it").push_back(message);
+            waker.wake().expect("the thread is there");
+        });
+        (calls, writer.join().expect("it does not fail"))
+    })
 }
 
 // Ends.
