@@ -391,10 +391,7 @@ impl Drop for Client {
         if unread > 0 {
             log::warn!("client dropped with {unread} messages unread");
         }
-        // Nobody can ask for them any more, and their owners may hold senders, which
-        // hold all that is shared.
-        let unsent = std::mem::take(&mut self.shared.ending().unsent);
-        drop(unsent);
+        self.shared.abandon_unsent();
     }
 }
 

@@ -179,20 +179,24 @@ mod leaving {
         assert_eq!(back.recv_timeout(LONG).map(|large| large.len()), Ok(16 << 20));
     }
 
+    /// Bytes whose owner could send, and says when it goes.
+    struct Owner(Sender, crossbeam_channel::Sender<()>);
+
+    impl AsRef<[u8]> for Owner {
+        fn as_ref(&self) -> &[u8] {
+            &[7; 16 << 20]
+        }
+    }
+
+    impl Drop for Owner {
+        fn drop(&mut self) {
+            assert!(self.0.try_send("too late").is_err());
+            let _ = self.1.send(());
+        }
+    }
+
     #[test]
     fn unsent_bytes_go_with_the_client_also_if_their_owner_could_send() {
-        struct Owner(Sender, crossbeam_channel::Sender<()>);
-        impl AsRef<[u8]> for Owner {
-            fn as_ref(&self) -> &[u8] {
-                &[7; 16 << 20]
-            }
-        }
-        impl Drop for Owner {
-            fn drop(&mut self) {
-                assert!(self.0.try_send("too late").is_err());
-                let _ = self.1.send(());
-            }
-        }
         let (gone, end) = bounded(1);
         let server = serve([up().stop_reading()]);
         let client = connect(builder(&server));
@@ -200,6 +204,51 @@ mod leaving {
         let report = client.close(ms(100));
         assert_eq!(report.unsent.len(), 1);
         drop((report, client));
+        assert_eq!(end.recv_timeout(LONG), Ok(()));
+    }
+
+    #[test]
+    fn unsent_bytes_go_with_a_client_that_its_own_thread_drops() {
+        let (gone, end) = bounded(1);
+        let (hand, drops) = bounded::<Client>(1);
+        let server = serve([up().stop_reading()]);
+        let builder = builder(&server).observer(move |event| {
+            if matches!(event.kind, EventKind::Lost { .. }) {
+                drop(drops.recv_timeout(LONG));
+            }
+        });
+        let client = connect(builder);
+        client.sender().send(Outgoing::from_owner(Owner(client.sender(), gone))).unwrap();
+        hand.send(client).unwrap();
+        server.cut_all();
+        assert_eq!(end.recv_timeout(LONG), Ok(()));
+    }
+
+    /// A session that waits in its hook.
+    struct Waits(crossbeam_channel::Sender<()>, crossbeam_channel::Receiver<()>);
+
+    impl Session for Waits {
+        fn on_message(&mut self, _: Data<'_>, _: &mut Link<'_>) -> Result<(), BoxError> {
+            let _ = self.0.send(());
+            let _ = self.1.recv();
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_a_thread_brings_back_after_its_client_is_dropped_goes_too() {
+        let (gone, end) = bounded(1);
+        let (told, waits) = bounded(1);
+        let (release, released) = bounded::<()>(0);
+        let server = serve([up().stop_reading()]);
+        let session = move || Waits(told.clone(), released.clone());
+        let client = connect(builder(&server).session(session));
+        client.sender().send(Outgoing::from_owner(Owner(client.sender(), gone))).unwrap();
+        server.push("come");
+        waits.recv_timeout(LONG).unwrap();
+        drop(client);
+        assert!(end.try_recv().is_err(), "the thread has it");
+        drop(release);
         assert_eq!(end.recv_timeout(LONG), Ok(()));
     }
 

@@ -39,6 +39,8 @@ struct State {
     waiting: usize,
     /// No message is taken any more.
     closed: bool,
+    /// Those that were left have been taken away: whatever comes back is too late.
+    emptied: bool,
     /// The epoch whose socket is open.
     epoch: Option<u64>,
     waker: Option<Waker>,
@@ -226,9 +228,16 @@ impl Inbox {
     }
 
     /// Puts messages back, before all others and in their order, room or not:
-    /// they were in here before.
+    /// they were in here before. Those of a thread that was given up are dropped.
     pub(crate) fn put_back(&self, messages: Vec<Outgoing>) {
         let mut state = self.lock();
+        if state.emptied {
+            drop(state);
+            if !messages.is_empty() {
+                log::warn!("{} messages came back unsent after the end", messages.len());
+            }
+            return;
+        }
         state.bytes += messages.iter().map(Outgoing::len).sum::<usize>();
         messages.into_iter().rev().for_each(|message| state.outbox.push_front(message));
     }
@@ -242,7 +251,7 @@ impl Inbox {
     /// Takes no message from now on; returns those that never left.
     pub(crate) fn close(&self) -> Vec<Outgoing> {
         let mut state = self.lock();
-        state.closed = true;
+        (state.closed, state.emptied) = (true, true);
         let gone = self.discard(&mut state);
         state.bytes = 0;
         let left = state.outbox.drain(..).collect();

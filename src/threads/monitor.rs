@@ -358,11 +358,7 @@ impl Monitor {
         if !stuck.is_empty() {
             self.shared.emit(0, 0, EventKind::Stuck { threads: stuck.clone() });
         }
-        {
-            let mut ending = self.shared.ending();
-            ending.stuck = stuck;
-            ending.unsent = unsent;
-        }
+        self.shared.settle_end(stuck, unsent);
         self.shared.end();
     }
 

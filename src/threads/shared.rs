@@ -56,6 +56,8 @@ pub(crate) struct Ending {
     pub(crate) error: Option<Error>,
     pub(crate) stuck: Vec<String>,
     pub(crate) unsent: Vec<Outgoing>,
+    /// The client is dropped: nobody asks for them any more.
+    abandoned: bool,
 }
 
 /// One connection as others see it; it outlives the connection's thread.
@@ -162,6 +164,28 @@ impl Shared {
 
     pub(crate) fn ending(&self) -> MutexGuard<'_, Ending> {
         self.ending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps what an end leaves for the reports; what nobody will ask for goes.
+    pub(crate) fn settle_end(&self, stuck: Vec<String>, unsent: Vec<Outgoing>) {
+        let mut ending = self.ending();
+        ending.stuck = stuck;
+        if !ending.abandoned {
+            ending.unsent = unsent;
+            return;
+        }
+        drop(ending);
+        drop(unsent);
+    }
+
+    /// Nobody will ask for messages that were not sent. Their owners may hold
+    /// senders, which hold all that is shared.
+    pub(crate) fn abandon_unsent(&self) {
+        let mut ending = self.ending();
+        ending.abandoned = true;
+        let unsent = std::mem::take(&mut ending.unsent);
+        drop(ending);
+        drop(unsent);
     }
 
     pub(crate) fn snapshot(&self) -> Snapshot {
