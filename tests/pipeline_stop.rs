@@ -3,16 +3,17 @@
 
 mod bench;
 
+use std::cell::RefCell;
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use bench::*;
-use broadsock::crossbeam_channel::bounded;
+use broadsock::crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use broadsock::testing::{self, TestAcknowledger};
 use broadsock::{
-    Acknowledger, Backoff, Batching, BoxError, Failed, Message, Next, Pipeline, PipelineEvent,
-    Succeeded, sources,
+    Acknowledger, Backoff, Batching, BoxError, Failed, Failure, Handler, Message, Next, Pipeline,
+    PipelineEvent, Succeeded, sources,
 };
 
 fn fine(_: &Message) -> Result<(), String> {
@@ -323,6 +324,44 @@ fn a_stop_while_a_batcher_waits_for_a_stuck_worker_keeps_its_deadline() {
     returned.sort_unstable();
     assert_eq!(returned, (0..100).collect::<Vec<_>>());
     gate.open();
+}
+
+/// Found by the world.
+#[test]
+fn an_item_that_a_stuck_worker_brings_after_the_end_does_not_panic_out_of_the_pipeline() {
+    struct Bomb;
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            panic!("planned panic of an item");
+        }
+    }
+    thread_local! {
+        /// Goes when the worker's thread does.
+        static ENDS: RefCell<Option<Sender<()>>> = const { RefCell::new(None) };
+    }
+    struct Slow(Gate, Mutex<Option<Sender<()>>>);
+    impl Handler for Slow {
+        type Item = Bomb;
+
+        fn handle_message(&self, _: &Message) -> Result<Next<Bomb>, Failure> {
+            ENDS.set(self.1.lock().unwrap().take());
+            self.0.enter();
+            Ok(Next::to("batch", Bomb))
+        }
+    }
+    let (alive, ended) = bounded(0);
+    let gate = Gate::new();
+    let pipeline = Pipeline::builder(Slow(gate.clone(), Mutex::new(Some(alive))))
+        .source(sources::iter(numbers(1)))
+        .processors(1)
+        .batcher("batch", Batching::new().size(2).timeout(LONG))
+        .start()
+        .unwrap();
+    gate.entered.wait(1);
+    stuck(&pipeline.stop(ms(100)), &["broadsock-proc-0"]);
+    gate.open();
+    assert_eq!(ended.recv_timeout(LONG), Err(RecvTimeoutError::Disconnected));
+    drop(pipeline);
 }
 
 #[test]

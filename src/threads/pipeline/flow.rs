@@ -250,6 +250,13 @@ impl State {
     }
 }
 
+impl<H: Handler> Drop for Flow<H> {
+    /// A thread that was given up may have put in more since.
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
 impl<H: Handler> Flow<H> {
     #[allow(clippy::too_many_arguments, reason = "called once, by the builder")]
     pub(crate) fn new(
