@@ -729,8 +729,14 @@ pub(crate) fn taken(k: &mut Kernel, taken: &Taken) {
     // how many were accepted behind it. What is shed after its time takes the
     // record of a later copy with it.
     let exact = k.ck.setup.overflow == Overflow::Block && k.ck.conns.len() == 1;
+    // A failure lets one copy in beside one that was accepted before it.
+    let let_in = |earlier: &Delivered| {
+        let (first, last) = (earlier.received.min(received), earlier.received.max(received));
+        earlier.failed_at.is_some_and(|at| first < at && at <= last)
+    };
+    let counts = |earlier: &&Delivered| !earlier.failed && !let_in(earlier);
     if let Some(capacity) = k.ck.setup.dedup.filter(|capacity| exact || *capacity > 100_000)
-        && let Some(earlier) = k.ck.delivered.get(&id).filter(|earlier| !earlier.failed)
+        && let Some(earlier) = k.ck.delivered.get(&id).filter(counts)
         && accepted - earlier.before <= capacity
         && (k.ck.setup.ttl.is_none() || k.ck.setup.overflow == Overflow::Block)
         && lives(k.ck.setup.ttl, received.abs_diff(earlier.received))
@@ -749,8 +755,7 @@ pub(crate) fn taken(k: &mut Kernel, taken: &Taken) {
     }
     let late = late.filter(|_| narrow);
     let failed = late.is_some_and(|at| received < at);
-    let failed_at = late.filter(|_| failed);
-    k.ck.delivered.insert(id, Delivered { before: at_least, failed, failed_at, received });
+    k.ck.delivered.insert(id, Delivered { before: at_least, failed, failed_at: late, received });
 }
 
 /// Messages of a connection come in the order in which they were received.
