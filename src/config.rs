@@ -590,8 +590,9 @@ impl Dedup {
     /// 100,000. It should exceed what a server repeats after a reconnect.
     ///
     /// Memory is taken as ids come. Each time it grows, all ids move at once, and
-    /// who receives meanwhile waits: some milliseconds for a window of 100,000, half
-    /// a second or so for one of 10 million.
+    /// who receives meanwhile waits, and so does who closes: some milliseconds for a
+    /// window of 100,000, half a second or so for one of 10 million, some seconds for
+    /// one of 50 million.
     #[must_use]
     pub fn capacity(mut self, ids: usize) -> Self {
         self.capacity = ids;
