@@ -169,7 +169,8 @@ mod leaving {
         let client = connect(builder(&server));
         let large = vec![7; 16 << 20];
         client.sender().send(Outgoing::from_owner(Lent(large, pool.clone()))).unwrap();
-        let mut report = client.close(ms(100));
+        wait_begun(&client);
+        let mut report = client.close(ms(500));
         let refused = client.sender().send(Outgoing::from_owner(Lent(vec![8], pool)));
         assert!(back.is_empty(), "the one was not written, the other refused");
         assert_eq!(reason(refused).1.as_bytes(), [8]);
@@ -177,6 +178,12 @@ mod leaving {
         assert_eq!(report.unsent.pop().unwrap().len(), 16 << 20);
         drop((report, client));
         assert_eq!(back.recv_timeout(LONG).map(|large| large.len()), Ok(16 << 20));
+    }
+
+    /// Waits until a part of a large message is sent: to frame it takes a while.
+    fn wait_begun(client: &Client) {
+        let begun = || client.metrics().connections[0].bytes_sent > 10_000;
+        eventually("a part of it is sent", begun);
     }
 
     /// Bytes whose owner could send, and says when it goes.
@@ -201,7 +208,8 @@ mod leaving {
         let server = serve([up().stop_reading()]);
         let client = connect(builder(&server));
         client.sender().send(Outgoing::from_owner(Owner(client.sender(), gone))).unwrap();
-        let report = client.close(ms(100));
+        wait_begun(&client);
+        let report = client.close(ms(500));
         assert_eq!(report.unsent.len(), 1);
         drop((report, client));
         assert_eq!(end.recv_timeout(LONG), Ok(()));
@@ -219,6 +227,7 @@ mod leaving {
         });
         let client = connect(builder);
         client.sender().send(Outgoing::from_owner(Owner(client.sender(), gone))).unwrap();
+        wait_begun(&client);
         hand.send(client).unwrap();
         server.cut_all();
         assert_eq!(end.recv_timeout(LONG), Ok(()));
@@ -244,6 +253,7 @@ mod leaving {
         let session = move || Waits(told.clone(), released.clone());
         let client = connect(builder(&server).session(session));
         client.sender().send(Outgoing::from_owner(Owner(client.sender(), gone))).unwrap();
+        wait_begun(&client);
         server.push("come");
         waits.recv_timeout(LONG).unwrap();
         drop(client);
