@@ -358,8 +358,8 @@ impl Outgoing {
     /// sent, when the operating system has taken all of it; for one that a session
     /// sends, when it is in the write buffer; for one of an epoch that is over
     /// ([`try_send_in`](crate::Sender::try_send_in)), when that ends; for an opening
-    /// message, with the client and the last of its senders. A message that comes back, in a
-    /// [`SendError`](crate::SendError) or as unsent after a close, has it still, and
+    /// message, with the client and the last of its senders. A message that comes
+    /// back, in a [`SendError`](crate::SendError) or as unsent after a close, has it still, and
     /// so has a clone. It happens on one of the client's threads, mostly: `Drop` must
     /// not block, and what it sends through senders of that client does not wait, as in
     /// a hook; through those of another, use [`try_send`](crate::Sender::try_send). A

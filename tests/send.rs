@@ -170,7 +170,7 @@ mod leaving {
         let large = vec![7; 16 << 20];
         client.sender().send(Outgoing::from_owner(Lent(large, pool.clone()))).unwrap();
         wait_begun(&client);
-        let mut report = client.close(ms(500));
+        let mut report = client.close(ms(2000));
         let refused = client.sender().send(Outgoing::from_owner(Lent(vec![8], pool)));
         assert!(back.is_empty(), "the one was not written, the other refused");
         assert_eq!(reason(refused).1.as_bytes(), [8]);
@@ -209,7 +209,7 @@ mod leaving {
         let client = connect(builder(&server));
         client.sender().send(Outgoing::from_owner(Owner(client.sender(), gone))).unwrap();
         wait_begun(&client);
-        let report = client.close(ms(500));
+        let report = client.close(ms(2000));
         assert_eq!(report.unsent.len(), 1);
         drop((report, client));
         assert_eq!(end.recv_timeout(LONG), Ok(()));
